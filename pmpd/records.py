@@ -115,6 +115,20 @@ def schedule_family(prefill_bits: int, levels: Sequence[int], grid: Sequence[int
     return [Schedule(prefill_bits, tuple(levels), t) for t in sorted(tuples, key=lambda t: (cost(t), t))]
 
 
+def class_schedules(
+    prefill_bits: int, levels: Sequence[int], max_new_tokens: int, parts: int = 3
+) -> list[Schedule]:
+    """The learned scheduler's classes at M = ``max_new_tokens``, in order of average bits, cheapest first.
+
+    A class is a tuple of fractions k/parts of M. The order is that of the fractions, so a class means
+    the same at every M. Two levels give the paper's four classes 0, M/3, 2M/3, M.
+    """
+    return [
+        Schedule(prefill_bits, tuple(levels), tuple(max_new_tokens * k // parts for k in fractions.switch_steps))
+        for fractions in schedule_family(prefill_bits, levels, range(parts + 1))
+    ]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One example of a task.

@@ -1,0 +1,46 @@
+"""The pipeline's steps. ``STAGES`` is all of them by name; ``execute`` runs a node of the store."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pmpd.artifacts import Node
+from pmpd.stages.base import Stage, read_summary
+from pmpd.stages.evaluate import EVALUATE
+from pmpd.stages.fit_static import FIT_STATIC
+from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
+from pmpd.stages.learned import DECIDE, FEATURES, TRAIN_LEARNED
+from pmpd.stages.measure import ESTIMATE, LATENCY
+from pmpd.stages.quantization import QUANTIZE, SENSITIVITY
+from pmpd.stages.rollouts import ROLLOUTS
+from pmpd.stages.search import SEARCH
+
+STAGES: dict[str, Stage[Any]] = {
+    stage.name: stage
+    for stage in (
+        WEIGHTS,
+        DATA,
+        PROMPTS,
+        TEXTS,
+        SEEDS,
+        SENSITIVITY,
+        QUANTIZE,
+        SEARCH,
+        ROLLOUTS,
+        FIT_STATIC,
+        FEATURES,
+        TRAIN_LEARNED,
+        DECIDE,
+        EVALUATE,
+        ESTIMATE,
+        LATENCY,
+    )
+}
+
+
+def execute(node: Node, inputs: Mapping[str, Path], out: Path) -> None:
+    """Run the stage of ``node``."""
+    STAGES[node.stage].execute(node.config, inputs, out)
+
+
+__all__ = ["STAGES", "Stage", "execute", "read_summary"]

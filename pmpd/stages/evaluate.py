@@ -1,0 +1,188 @@
+"""Evaluation: one scheduler's completions of a test split, scored beside uniform high and fp16.
+
+Looks completions up, decodes nothing. Every mean has n and a bootstrap interval; every comparison is
+paired. A *result* is one row of the tidy frame: quantity, unit, value, ci_low, ci_high, n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmpd.artifacts import read_jsonl, write_json, write_jsonl
+from pmpd.records import Completion, Generation, Interval, Sample, Schedule, average_bits
+from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.fit_static import read_choice
+from pmpd.stages.inputs import read_samples
+from pmpd.stages.learned import read_decisions
+from pmpd.stages.rollouts import read_rollouts
+from pmpd.stages.scoring import (
+    Scores,
+    detectable_drop,
+    fp16_references,
+    mean_scores,
+    references_of,
+    score_turns,
+    unit_of,
+)
+
+RESULTS_FILE = "results.json"
+COMPLETIONS_FILE = "completions.jsonl"
+SAMPLES_FILE = "scores.jsonl"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is scored, and how.
+
+    Attributes:
+        schedule: the schedule by name; None when the ``choice`` or ``decisions`` input says it.
+        curve: schedules whose quality is recorded too, for the figure of quality against switch step.
+    """
+
+    scheduler: str
+    schedule: str | None
+    high: str
+    curve: list[str]
+    metrics: list[str]
+    max_new_tokens: int
+    encoder: str
+    resamples: int
+    seed: int
+
+
+def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) -> None:
+    """Score, compare, and write results, completions and per-sample scores."""
+    samples, _ = read_samples(inputs["prompts"])
+    table = read_rollouts(*(path for name, path in inputs.items() if name.startswith("rollouts")))
+    fp16 = table[Schedule.uniform(16)]
+    high = in_order(samples, table[Schedule.parse(config.high)])
+    if "decisions" in inputs:
+        own = in_order(samples, read_decisions(inputs["decisions"]))
+    else:
+        schedule = read_choice(inputs["choice"]) if "choice" in inputs else Schedule.parse(str(config.schedule))
+        own = in_order(samples, table[schedule.canonical(config.max_new_tokens)])
+    references = references_of(samples, fp16)
+    agreement = fp16_references(samples, fp16)
+    results: list[dict[str, Any]] = []
+
+    def add(quantity: str, unit: str, interval: Interval) -> None:
+        results.append(result(quantity, unit, interval))
+
+    def compare(name: str, unit: str, scores: Scores, others: Mapping[str, Scores]) -> None:
+        add(name, unit, scores.interval(config.resamples, config.seed))
+        for other, theirs in others.items():
+            difference = scores.minus(theirs, config.resamples, config.seed)
+            add(f"{name} minus {other}", unit, difference)
+            if other == "high":
+                drop = detectable_drop(difference)
+                add(f"{name} detectable drop", unit, Interval(drop, drop, drop, difference.n))
+
+    per_sample: list[dict[str, Any]] = [{"id": s.id, "category": s.category} for s in samples]
+    fp16_answers = in_order(samples, fp16)
+    for metric in config.metrics:
+        scored = {
+            who: score_turns(metric, answers, references, config.encoder)
+            for who, answers in (("own", own), ("high", high), ("fp16", fp16_answers))
+        }
+        others = {"high": scored["high"]} | ({"fp16": scored["fp16"]} if samples[0].references else {})
+        compare(metric, unit_of(metric, config.encoder), scored["own"], others)
+        if scored["own"].statistics.shape[1] == 2:
+            for row, statistics in zip(per_sample, scored["own"].statistics, strict=True):
+                row[metric] = float(scored["own"].reduce(statistics))
+    agree = {
+        who: score_turns("rouge_l", answers, agreement, config.encoder) for who, answers in (("own", own), ("high", high))
+    }
+    compare("agreement", "ROUGE-L F x 100 with the model's own fp16 output", agree["own"], {"high": agree["high"]})
+    for row, statistics in zip(per_sample, agree["own"].statistics, strict=True):
+        row["agreement"] = float(agree["own"].reduce(statistics))
+
+    add_bits(results, own, config.resamples, config.seed)
+    for row, completion in zip(per_sample, own, strict=True):
+        row |= {
+            "average_bits": average_bits(completion.decode_bits) if completion.decode_bits else None,
+            "new_tokens": sum(len(g.token_ids) for g in completion.generations),
+            "schedule": ";".join(g.schedule.name for g in completion.generations),
+        }
+    write_json(out / RESULTS_FILE, results)
+    write_jsonl(out / SAMPLES_FILE, per_sample)
+    write_jsonl(
+        out / COMPLETIONS_FILE, [{"id": c.sample_id, "generations": [g.to_json() for g in c.generations]} for c in own]
+    )
+    write_summary(
+        out,
+        {r["quantity"]: r["value"] for r in results},
+        curves={"switch_step": _curve(config, samples, table, references)},
+        tables={"results": results},
+    )
+
+
+def add_bits(results: list[dict[str, Any]], own: Sequence[Completion], resamples: int, seed: int) -> None:
+    """Average bits over sequences (the paper's), over tokens, and how many sequences had no decode step."""
+    decoded = [c.decode_bits for c in own if c.decode_bits]
+    if decoded:
+        by_sequence = mean_scores([average_bits(bits) for bits in decoded])
+        results.append(result("average_bits", "bits, mean over sequences", by_sequence.interval(resamples, seed)))
+        every = [bits for sequence in decoded for bits in sequence]
+        mean = sum(every) / len(every)
+        results.append(result("average_bits_tokens", "bits, mean over tokens", Interval(mean, mean, mean, len(every))))
+    lengths = mean_scores([sum(len(g.token_ids) for g in c.generations) for c in own])
+    results.append(result("new_tokens", "tokens a sample", lengths.interval(resamples, seed)))
+    skipped = float(len(own) - len(decoded))
+    results.append(result("no_decode_step", "sequences", Interval(skipped, skipped, skipped, len(own))))
+
+
+def _curve(
+    config: EvaluateConfig,
+    samples: Sequence[Sample],
+    table: Mapping[Schedule, Mapping[str, Completion]],
+    references: list[list[list[str]]],
+) -> list[dict[str, Any]]:
+    """Quality of every candidate schedule on the test split, by the first metric."""
+    rows = []
+    for name in config.curve:
+        schedule = Schedule.parse(name)
+        answers = in_order(samples, table[schedule.canonical(config.max_new_tokens)])
+        interval = score_turns(config.metrics[0], answers, references, config.encoder).interval(
+            config.resamples, config.seed
+        )
+        bits = [average_bits(c.decode_bits) for c in answers if c.decode_bits]
+        rows.append(
+            {
+                "schedule": name,
+                "switch_steps": list(schedule.switch_steps),
+                "average_bits": sum(bits) / len(bits) if bits else None,
+                **result(config.metrics[0], unit_of(config.metrics[0], config.encoder), interval),
+            }
+        )
+    return rows
+
+
+def result(quantity: str, unit: str, interval: Interval) -> dict[str, Any]:
+    """One row of the tidy frame."""
+    return {
+        "quantity": quantity,
+        "unit": unit,
+        "value": interval.value,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "n": interval.n,
+    }
+
+
+def in_order(samples: Sequence[Sample], completions: Mapping[str, Completion]) -> list[Completion]:
+    """Completions in the order of ``samples``; a missing one is our error."""
+    return [completions[s.id] for s in samples]
+
+
+def read_completions(path: Path) -> list[Completion]:
+    """What an evaluation scored."""
+    return [
+        Completion(row["id"], tuple(Generation.from_json(g) for g in row["generations"]))
+        for row in read_jsonl(path / COMPLETIONS_FILE)
+    ]
+
+
+EVALUATE = Stage("evaluate", 1, EvaluateConfig, run_evaluate, "look-ups and scoring")

@@ -1,0 +1,122 @@
+"""Scores of completions under a metric, in the one form that means, intervals and paired differences need.
+
+A :class:`Scores` keeps statistics a sample that can be summed, and how a sum becomes the metric: a mean
+for ROUGE and BERTScore, a corpus statistic for BLEU. Values are on the 0 to 100 scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pmpd.metrics import (
+    bertscore_f1,
+    bleu_from_statistics,
+    bleu_statistics,
+    bootstrap_statistic,
+    rouge_l,
+)
+from pmpd.records import Completion, Interval, Sample
+
+Reduce = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-sample statistics ``[n, k]`` and the reduction from summed statistics ``[..., k]`` to the metric."""
+
+    statistics: NDArray[np.float64]
+    reduce: Reduce
+
+    def value(self) -> float:
+        return float(self.reduce(self.statistics.sum(0)))
+
+    def interval(self, resamples: int, seed: int) -> Interval:
+        """Bootstrap over samples (95 %)."""
+        return bootstrap_statistic(self.statistics, self.reduce, resamples=resamples, seed=seed)
+
+    def minus(self, other: Scores, resamples: int, seed: int) -> Interval:
+        """Paired difference: both resampled with the same samples."""
+        k = self.statistics.shape[1]
+
+        def difference(total: NDArray[np.float64]) -> NDArray[np.float64]:
+            return self.reduce(total[..., :k]) - other.reduce(total[..., k:])
+
+        both = np.concatenate([self.statistics, other.statistics], axis=1)
+        return bootstrap_statistic(both, difference, resamples=resamples, seed=seed)
+
+
+def mean_scores(values: Sequence[float], scale: float = 1.0) -> Scores:
+    """Scores whose metric is the mean of ``values`` times ``scale``."""
+    column = np.asarray(values, dtype=np.float64) * scale
+    return Scores(np.stack([column, np.ones_like(column)], axis=1), lambda total: total[..., 0] / total[..., 1])
+
+
+def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]], encoder: str) -> Scores:
+    """Score one prediction a sample against its references."""
+    match metric:
+        case "rouge_l":
+            return mean_scores([rouge_l(p, r) for p, r in zip(predictions, references, strict=True)], 100)
+        case "bertscore":
+            return mean_scores(bertscore_f1(list(predictions), [list(r) for r in references], encoder), 100)
+        case "bleu" | "sacrebleu":
+            smoothing = "none" if metric == "bleu" else "exp"
+            statistics = bleu_statistics(list(predictions), [list(r) for r in references])
+            return Scores(statistics, lambda total: bleu_from_statistics(total, smoothing))
+    raise ValueError(f"unknown metric {metric!r}")
+
+
+def score_turns(
+    metric: str,
+    completions: Sequence[Completion],
+    references: Sequence[Sequence[Sequence[str]]],
+    encoder: str,
+) -> Scores:
+    """Score completions with one or several turns; ``references[i][turn]`` are a turn's references.
+
+    A sample's statistics are summed over its turns, so the unit that is resampled stays the sample.
+    """
+    owner = [i for i, c in enumerate(completions) for _ in c.generations]
+    flat = score(
+        metric,
+        [g.text for c in completions for g in c.generations],
+        [r for refs in references for r in refs],
+        encoder,
+    )
+    statistics = np.zeros((len(completions), flat.statistics.shape[1]))
+    np.add.at(statistics, owner, flat.statistics)
+    return Scores(statistics, flat.reduce)
+
+
+def references_of(samples: Sequence[Sample], fp16: Mapping[str, Completion]) -> list[list[list[str]]]:
+    """References ``[sample][turn][reference]``: the data set's own, or, where it has none, the model's fp16 output."""
+    return [
+        [list(s.references)] if s.references else [[g.text] for g in fp16[s.id].generations] for s in samples
+    ]
+
+
+def fp16_references(samples: Sequence[Sample], fp16: Mapping[str, Completion]) -> list[list[list[str]]]:
+    """The model's own fp16 output as the only reference: what *agreement* is measured against."""
+    return [[[g.text] for g in fp16[s.id].generations] for s in samples]
+
+
+def detectable_drop(difference: Interval) -> float:
+    """The smallest true drop that a one-sided 5 % test on these pairs would notice four times in five.
+
+    (z_0.95 + z_0.80) standard errors, the standard error read off the 95 % bootstrap interval.
+    """
+    standard_error = (difference.high - difference.low) / (2 * 1.959964)
+    return (1.644854 + 0.841621) * standard_error
+
+
+def unit_of(metric: str, encoder: str) -> str:
+    """How a table names the metric's scale and settings."""
+    return {
+        "rouge_l": "F x 100, stemmed",
+        "bertscore": f"F1 x 100, {encoder}",
+        "bleu": "corpus, tok:13a, smooth:none",
+        "sacrebleu": "corpus, tok:13a, smooth:exp",
+    }[metric]
