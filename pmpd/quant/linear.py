@@ -1,0 +1,118 @@
+"""A linear layer that runs at the precision its cell says, and the cell that a model's layers share.
+
+Neither knows which model the layers belong to, nor how their weights were quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pmpd.quant.nested import NestedWeight
+from pmpd.records import FP16_BITS
+
+
+class PrecisionCell:
+    """The precision that all layers registered with it run at; a switch is one assignment to :attr:`bits`.
+
+    ``bits = 16`` (at first) is the unquantised model.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[NestedLinear] = []
+        self._available: frozenset[int] = frozenset({FP16_BITS})
+        self._bits = FP16_BITS
+
+    @property
+    def available(self) -> list[int]:
+        """Precisions that every layer has, rising; 16 is always one."""
+        return sorted(self._available)
+
+    @property
+    def bits(self) -> int:
+        return self._bits
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        if bits not in self._available:
+            raise ValueError(f"bits={bits} is not available; this model has {self.available}")
+        self._bits = bits
+
+    def register(self, layer: NestedLinear) -> None:
+        """Let ``layer`` follow this cell. A layer does so itself when it is made."""
+        own = frozenset({*layer.nested.centroids, FP16_BITS})
+        self._available = self._available & own if self.layers else own
+        self.layers.append(layer)
+
+    def prepare(self, bits: int) -> None:
+        """Dequantise every layer at ``bits`` now, so that the first forward at it costs what the next ones do."""
+        if bits not in self._available:
+            raise ValueError(f"bits={bits} is not available; this model has {self.available}")
+        for layer in self.layers:
+            layer.weight_at(bits)
+
+    def drop(self, bits: int | None = None) -> None:
+        """Free the layers' dequantised weights at ``bits``, or at every precision. They come back when used."""
+        for layer in self.layers:
+            layer.drop(bits)
+
+
+class NestedLinear(nn.Module):
+    """A linear layer at ``cell.bits``.
+
+    At 16 bits it is ``original``. Below, the weight is dequantised at first use, on the device and in the dtype that
+    the original weight has then, and kept until it is dropped or the module moves.
+
+    ``weight`` and ``bias`` are the original's own parameters, so state dicts keep their names.
+    """
+
+    def __init__(self, weight: NestedWeight, original: nn.Linear, cell: PrecisionCell) -> None:
+        """Raises:
+        ValueError: shapes of ``weight`` and ``original`` differ.
+        """
+        super().__init__()
+        shape = (weight.out_features, weight.in_features)
+        if tuple(original.weight.shape) != shape:
+            raise ValueError(f"the nested weight is {list(shape)}, the layer {list(original.weight.shape)}")
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.weight = original.weight
+        self.bias = original.bias
+        self.nested = weight
+        self.cell = cell
+        self._dequantized: dict[int, Tensor] = {}
+        cell.register(self)
+
+    def weight_at(self, bits: int) -> Tensor:
+        """``[out, in]`` at ``bits`` bits, on this layer's device and in its dtype."""
+        if bits == FP16_BITS:
+            return self.weight
+        if bits not in self._dequantized:
+            with torch.no_grad():
+                nested = self.nested.prefix(bits).to(self.weight.device)
+                self._dequantized[bits] = nested.dequantize(bits, self.weight.dtype)
+        return self._dequantized[bits]
+
+    def drop(self, bits: int | None = None) -> None:
+        """Free the dequantised weight at ``bits``, or all of them."""
+        if bits is None:
+            self._dequantized.clear()
+        else:
+            self._dequantized.pop(bits, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]`` at the cell's precision."""
+        return functional.linear(x, self.weight_at(self.cell.bits), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedLinear:
+        self.drop()  # the module changes device or dtype
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={sorted(self.nested.centroids)}"
+        )
