@@ -1,5 +1,24 @@
-"""The one operation of a nested model, dispatched to the fastest kernel for the device."""
+"""The one operation of a nested model, on the fastest kernel for the tensors' device.
 
-from pmpd.kernels.reference import dequantize, nested_matmul
+``reference`` defines the format and the result; the other modules only compute the same sooner.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pmpd.kernels import cpu, reference
 
 __all__ = ["dequantize", "nested_matmul"]
+
+
+def dequantize(planes: Tensor, centroids: Tensor, bits: int, in_features: int, group_size: int | None = None) -> Tensor:
+    """As :func:`pmpd.kernels.reference.dequantize`."""
+    kernel = cpu if planes.device.type == "cpu" else reference
+    return kernel.dequantize(planes, centroids, bits, in_features, group_size)
+
+
+def nested_matmul(x: Tensor, planes: Tensor, centroids: Tensor, bits: int, group_size: int | None = None) -> Tensor:
+    """As :func:`pmpd.kernels.reference.nested_matmul`."""
+    weight = dequantize(planes, centroids.to(x.dtype), bits, x.shape[-1], group_size)
+    return x @ weight.T

@@ -14,7 +14,7 @@ from torch import Tensor
 
 WORD_BITS = 32
 BLOCK_WEIGHTS = 1 << 20
-"""Weights decoded at a time. Codes take 8 bytes each (PyTorch gathers by int64), so a block is bounded to some 24 MiB."""
+"""Weights decoded at a time: PyTorch gathers by int64, so codes take 8 bytes each, and a block about 24 MiB."""
 
 
 def check_format(planes: Tensor, centroids: Tensor, bits: int, in_features: int, group_size: int | None) -> int:
@@ -36,9 +36,7 @@ def check_format(planes: Tensor, centroids: Tensor, bits: int, in_features: int,
     return columns
 
 
-def dequantize(
-    planes: Tensor, centroids: Tensor, bits: int, in_features: int, group_size: int | None = None
-) -> Tensor:
+def dequantize(planes: Tensor, centroids: Tensor, bits: int, in_features: int, group_size: int | None = None) -> Tensor:
     """The weight matrix at ``bits`` bits, of the tables' dtype.
 
     Args:
@@ -68,9 +66,7 @@ def dequantize(
     return weight
 
 
-def nested_matmul(
-    x: Tensor, planes: Tensor, centroids: Tensor, bits: int, group_size: int | None = None
-) -> Tensor:
+def nested_matmul(x: Tensor, planes: Tensor, centroids: Tensor, bits: int, group_size: int | None = None) -> Tensor:
     """``x @ W.T`` with W the weight at ``bits`` bits, computed in the dtype of ``x``.
 
     Args:

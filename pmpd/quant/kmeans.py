@@ -56,9 +56,10 @@ def sort_rows(values: NDArray[np.float32], weights: NDArray[np.float32]) -> Sort
         raise ValueError("weights must be finite and not negative")
     # One sort of unique integers: the value's bits, made to rise with the value, above its position. Unlike an
     # argsort of floats this is both vectorised and stable, so ties fall the same way on every CPU.
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    keys = rising.astype(np.uint64) << np.uint64(32)
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.int32)
+    rising = (bits ^ (bits >> 31 | np.int32(-(1 << 31)))).view(np.uint32)
+    keys = rising.astype(np.uint64)
+    keys <<= np.uint64(32)
     keys |= np.arange(values.shape[1], dtype=np.uint64)
     keys.sort(axis=1)
     order = keys.astype(np.uint32).view(np.int32)  # the low word
@@ -87,16 +88,12 @@ def split_clusters(rows: SortedRows, cuts: Cuts) -> Cuts:
     return _split(rows.values, rows.weights, cuts)
 
 
-def centroids(rows: SortedRows, cuts: Cuts, parents: Floats | None = None) -> Floats:
-    """The weighted mean of each cluster, float64 ``[rows, clusters]``.
+def centroids(rows: SortedRows, cuts: Cuts) -> Floats:
+    """The weighted mean of each cluster, float64 ``[rows, clusters]``, rising.
 
-    An empty cluster gets the centroid that it was split from, out of ``parents`` ``[rows, clusters / 2]``; without
-    parents the nearest earlier cluster's, or the first that has one.
+    An empty cluster gets the mean of the one before it. So a cluster that was not cut splits into equal centroids.
     """
-    means = _means(rows.values, rows.weights, cuts)
-    if parents is not None:
-        return np.where(np.diff(cuts) > 0, means, np.repeat(parents, 2, axis=1))
-    return means
+    return _means(rows.values, rows.weights, cuts)
 
 
 def labels(rows: SortedRows, cuts: Cuts) -> NDArray[np.uint8]:
@@ -124,23 +121,26 @@ def _gather(order, values, weights):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, cache=True)
 def _seed(values, weights, num_clusters):  # type: ignore[no-untyped-def]
-    num_rows, n = values.shape
+    num_rows = len(values)
     cuts = np.empty((num_rows, num_clusters + 1), np.int32)
     for r in prange(num_rows):
-        cuts[r] = _seed_row(values[r], weights[r], num_clusters)
+        _seed_row(values[r], weights[r], cuts[r])
     return cuts
 
 
 @njit(cache=True)
-def _seed_row(values, weights, num_clusters):  # type: ignore[no-untyped-def]
+def _seed_row(values, weights, cuts):  # type: ignore[no-untyped-def]
     n = len(values)
-    # Sums of prefixes, about the mean so that little cancels. The squared error of values i..j-1 is their sum of
-    # w x^2, the same for every clustering, less S^2 / W: the programme minimises the sum of -S^2 / W.
+    num_clusters = len(cuts) - 1
+    # Sums of prefixes, about the values' mean so that little cancels. The squared error of values i..j-1 is their
+    # sum of w x^2, the same for every clustering, less S^2 / W: the programme minimises the sum of -S^2 / W.
     mass = np.empty(n + 1)
     moment = np.empty(n + 1)
     mass[0] = 0.0
     moment[0] = 0.0
-    mean = np.sum(values * weights) / np.sum(weights)
+    mean = 0.0
+    for i in range(n):
+        mean += values[i] / n
     for i in range(n):
         mass[i + 1] = mass[i] + weights[i]
         moment[i + 1] = moment[i] + weights[i] * (values[i] - mean)
@@ -162,17 +162,17 @@ def _seed_row(values, weights, num_clusters):  # type: ignore[no-untyped-def]
             stride *= 2
         while stride >= 1:  # prefixes between two that are known have their cut between theirs
             for j in range(stride, n + 1, 2 * stride):
-                high = cut[j + stride] if j + stride <= n else j
-                _best_cut(previous, mass, moment, cost, cut, j, cut[j - stride], min(high, j))
+                # Nor does it move left when the prefix has one cluster more.
+                high = min(cut[j + stride], j) if j + stride <= n else j
+                low = min(max(cut[j - stride], last_cut[k - 1, j]), high)
+                _best_cut(previous, mass, moment, cost, cut, j, low, high)
             stride //= 2
-    cuts = np.empty(num_clusters + 1, np.int32)
     cuts[num_clusters] = n
     for k in range(num_clusters - 1, -1, -1):
         cuts[k] = last_cut[k, cuts[k + 1]]
-    return cuts
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _best_cut(previous, mass, moment, cost, cut, j, low, high):  # type: ignore[no-untyped-def]
     """Where in low..high the last cluster of the prefix of length j starts; high = j leaves it empty."""
     best = previous[j] if high == j else np.inf

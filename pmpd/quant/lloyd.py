@@ -5,10 +5,10 @@ The same cuts as ``kmeans``, not the optimal ones; kept to measure what the exac
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit
 
 if TYPE_CHECKING:
     from pmpd.quant.kmeans import Cuts, SortedRows
@@ -49,12 +49,7 @@ def split_clusters(rows: SortedRows, cuts: Cuts) -> Cuts:
     split = np.empty((len(cuts), 2 * cuts.shape[1] - 1), np.int32)
     split[:, ::2] = cuts
     for r, (values, weights) in enumerate(zip(rows.values, rows.weights, strict=True)):
-        _split_row(two_clusters, values, np.cumsum(weights), np.cumsum(weights * values), split[r])
+        mass, moment = np.cumsum(weights), np.cumsum(weights * values)
+        for c, (start, stop) in enumerate(pairwise(cuts[r])):
+            split[r, 2 * c + 1] = two_clusters(values, mass, moment, start, stop)[1][1] if stop - start > 1 else stop
     return split
-
-
-@njit
-def _split_row(two_clusters, values, mass, moment, split):  # type: ignore[no-untyped-def]
-    for c in range(1, len(split), 2):
-        start, stop = split[c - 1], split[c + 1]
-        split[c] = two_clusters(values, mass, moment, start, stop)[1][1] if stop - start > 1 else stop

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pmpd import kernels
-from pmpd.quant import kmeans
+from pmpd.quant import kmeans, lloyd
 
 MAX_BITS = 8
 SOLVERS = ("exact", "lloyd")
@@ -61,13 +61,17 @@ class NestedWeight:
         Raises:
             ValueError: there are no tables for ``bits``.
         """
-        if bits not in self.centroids:
-            raise ValueError(f"bits={bits} is not available; this weight has {sorted(self.centroids)}")
+        self._check(bits)
         tables = self.centroids[bits].to(dtype)
         return kernels.dequantize(self.planes, tables, bits, self.in_features, self.group_size)
 
     def prefix(self, bits: int) -> NestedWeight:
-        """The same weight without what only precisions above ``bits`` read; shares memory."""
+        """The same weight without what only precisions above ``bits`` read; shares memory.
+
+        Raises:
+            ValueError: there are no tables for ``bits``.
+        """
+        self._check(bits)
         tables = {b: table for b, table in self.centroids.items() if b <= bits}
         return NestedWeight(self.planes[:bits], tables, self.in_features, self.group_size)
 
@@ -75,6 +79,10 @@ class NestedWeight:
         """On ``device``."""
         tables = {b: table.to(device) for b, table in self.centroids.items()}
         return NestedWeight(self.planes.to(device), tables, self.in_features, self.group_size)
+
+    def _check(self, bits: int) -> None:
+        if bits not in self.centroids:
+            raise ValueError(f"bits={bits} is not available; this weight has {sorted(self.centroids)}")
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Named tensors for a file: ``<prefix>.planes``, ``<prefix>.centroids.<bits>`` and ``<prefix>.layout``.
@@ -187,17 +195,13 @@ def _cluster(
     """Parent codes ``[rows, n]`` and tables ``[rows, 2**b]`` of the precisions b."""
     seed, split = kmeans.seed_clusters, kmeans.split_clusters
     if solver == "lloyd":
-        from pmpd.quant import lloyd
-
         seed, split = lloyd.seed_clusters, lloyd.split_clusters
     rows = kmeans.sort_rows(values, weights)
     cuts = seed(rows, 1 << precisions.start)
-    means = kmeans.centroids(rows, cuts)
-    tables = {precisions.start: _to_float16(means)}
+    tables = {precisions.start: _to_float16(kmeans.centroids(rows, cuts))}
     for bits in precisions[1:]:
         cuts = split(rows, cuts)
-        means = kmeans.centroids(rows, cuts, parents=means)
-        tables[bits] = _to_float16(means)
+        tables[bits] = _to_float16(kmeans.centroids(rows, cuts))
     return kmeans.labels(rows, cuts), tables
 
 
