@@ -1,0 +1,238 @@
+"""Mirrors a run to Weights & Biases, or nowhere. The only module that imports wandb, and only when asked to.
+
+Our own store is the source of truth, so a tracker may fail and the run goes on: this is the one fallback
+in the project, and it is loud. Knows nothing about stages beyond their names.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pmpd import __version__
+
+log = logging.getLogger(__name__)
+
+Value = float | int | str
+MODES = ("offline", "online", "disabled")
+
+INIT_TIMEOUT_S = 60.0
+"""An online run that has not started by then (no network, wrong address) is given up."""
+FINISH_TIMEOUT_S = 120.0
+"""An upload that has not ended by then is given up; the data stay on disk for ``wandb sync``."""
+GIT_TIMEOUT_S = 10.0
+
+
+class Tracker(Protocol):
+    """Where a run is mirrored. Every name is prefixed with its stage."""
+
+    def metrics(self, stage: str, values: Mapping[str, Value]) -> None:
+        """Numbers and short texts that describe a stage's result."""
+
+    def curve(self, stage: str, name: str, rows: Sequence[Mapping[str, Value]]) -> None:
+        """Lines over the first column of ``rows``."""
+
+    def table(self, stage: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows as they are; columns in order of appearance."""
+
+    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str, cached: bool) -> None:
+        """Which artifact a stage used or made: its key, its inputs' keys, where it lies, whether it was there."""
+
+    def finish(self) -> None:
+        """Ends the run; nothing may be sent after it."""
+
+
+class NullTracker:
+    """Sends nothing anywhere."""
+
+    def metrics(self, stage: str, values: Mapping[str, Value]) -> None:
+        pass
+
+    def curve(self, stage: str, name: str, rows: Sequence[Mapping[str, Value]]) -> None:
+        pass
+
+    def table(self, stage: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str, cached: bool) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class WandbTracker:
+    """One W&B run. Raises whatever W&B raises: :func:`open_tracker` is what makes it safe.
+
+    An offline run needs neither key nor network and lies in ``dir``/wandb; ``wandb sync`` uploads it.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        project: str,
+        entity: str | None,
+        dir: str,
+        config: Mapping[str, Any],
+        group: str | None,
+        name: str | None,
+        tags: Sequence[str],
+    ) -> None:
+        import wandb
+
+        # W&B would quietly move to a temporary folder if it could not write here.
+        Path(dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=dir):
+            pass
+        self._wandb = wandb
+        self._run = wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            project=project,
+            entity=entity,
+            dir=dir,
+            config={**config, "code_version": code_version()},
+            group=group,
+            name=name,
+            tags=list(tags),
+            settings=_settings(wandb),
+        )
+        self._lineage: dict[str, dict[str, Any]] = {}
+        if mode == "online" and self._run.offline:
+            log.warning("W&B has no login, so this run is offline: %s", self._run.dir)
+        log.info("W&B %s run in %s", mode, Path(self._run.dir).parent)
+
+    def metrics(self, stage: str, values: Mapping[str, Value]) -> None:
+        self._run.log({f"{stage}/{name}": value for name, value in values.items()})
+
+    def curve(self, stage: str, name: str, rows: Sequence[Mapping[str, Value]]) -> None:
+        if not rows:
+            return
+        prefix = f"{stage}/{name}"
+        x = f"{prefix}/{next(iter(rows[0]))}"
+        self._run.define_metric(x, hidden=True)
+        for column in list(rows[0])[1:]:
+            self._run.define_metric(f"{prefix}/{column}", step_metric=x)
+        for row in rows:
+            self._run.log({f"{prefix}/{column}": value for column, value in row.items()})
+
+    def table(self, stage: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not rows:
+            return
+        columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
+        data = [[row.get(str(column)) for column in columns] for row in rows]
+        table = self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+        self._run.log({f"{stage}/{name}": table})
+
+    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str, cached: bool) -> None:
+        # In the config, because an offline run cannot use W&B's artifacts; "/" keeps one stage's artifacts apart.
+        self._lineage[f"{stage}/{key}"] = {"inputs": dict(inputs), "path": path, "cached": cached}
+        self._run.config.update({"lineage": self._lineage}, allow_val_change=True)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class _Guarded:
+    """Passes calls on until one fails; then says so once and sends nothing more."""
+
+    def __init__(self, open_inner: Callable[[], Tracker]) -> None:
+        self._inner: Tracker = NullTracker()
+        self._inner = self._attempt("start", open_inner) or self._inner
+
+    def _attempt(self, action: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        # W&B's failures share no base class (ImportError, OSError, its own errors, its service's, a time-out),
+        # and none of them may cost a run whose results are safe in the store.
+        except Exception as error:
+            self._inner = NullTracker()
+            log.warning(
+                "W&B failed at %s; the rest of this run is not tracked, its results in the store are safe: %s: %s",
+                action,
+                type(error).__name__,
+                error,
+            )
+            return None
+
+    def metrics(self, stage: str, values: Mapping[str, Value]) -> None:
+        self._attempt(f"metrics of {stage}", lambda: self._inner.metrics(stage, values))
+
+    def curve(self, stage: str, name: str, rows: Sequence[Mapping[str, Value]]) -> None:
+        self._attempt(f"curve {stage}/{name}", lambda: self._inner.curve(stage, name, rows))
+
+    def table(self, stage: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._attempt(f"table {stage}/{name}", lambda: self._inner.table(stage, name, rows))
+
+    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str, cached: bool) -> None:
+        self._attempt(f"lineage of {stage}", lambda: self._inner.lineage(stage, key, inputs, path, cached))
+
+    def finish(self) -> None:
+        self._attempt("finish", self._inner.finish)
+        self._inner = NullTracker()
+
+
+def open_tracker(
+    mode: str,
+    *,
+    project: str,
+    entity: str | None = None,
+    dir: str,
+    config: Mapping[str, Any],
+    group: str | None = None,
+    name: str | None = None,
+    tags: Sequence[str] = (),
+) -> Tracker:
+    """A tracker that never raises: ``offline`` and ``online`` are W&B's, ``disabled`` sends nothing.
+
+    ``config`` is plain nested data; the code's version is added to it as ``code_version``.
+
+    Raises:
+        ValueError: another ``mode``.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: one of {', '.join(MODES)}")
+    if mode == "disabled":
+        return NullTracker()
+    return _Guarded(lambda: WandbTracker(mode, project, entity, dir, config, group, name, tags))
+
+
+def code_version() -> str:
+    """``0.1.0+g<commit>`` (``.dirty`` if tracked files were changed), ``0.1.0`` outside a checkout of this code."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_S).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside somebody else's checkout
+        commit = git("rev-parse", "--short=12", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+g{commit}{'.dirty' if dirty else ''}"
+
+
+def _settings(wandb: Any) -> Any:
+    """Nothing printed, no diffs, no system samples, no waiting for ever."""
+    wanted = {
+        "silent": True,
+        "console": "off",
+        "disable_git": True,
+        "disable_code": True,
+        "save_code": False,
+        "x_disable_stats": True,
+        "x_disable_machine_info": True,
+        "x_save_requirements": False,
+        "reinit": "create_new",
+        "init_timeout": INIT_TIMEOUT_S,
+        "login_timeout": INIT_TIMEOUT_S,
+        "finish_timeout": FINISH_TIMEOUT_S,
+        "finish_timeout_raises": True,
+    }
+    # Older releases lack some of them (finish_timeout), and an unknown one is an error.
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
