@@ -20,7 +20,6 @@ from pmpd.stages.learned import read_decisions
 from pmpd.stages.rollouts import read_rollouts
 from pmpd.stages.scoring import (
     Scores,
-    detectable_drop,
     fp16_references,
     mean_scores,
     references_of,
@@ -77,7 +76,7 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
             difference = scores.minus(theirs, config.resamples, config.seed)
             add(f"{name} minus {other}", unit, difference)
             if other == "high":
-                drop = detectable_drop(difference)
+                drop = scores.detectable_drop(theirs, config.resamples, config.seed)
                 add(f"{name} detectable drop", unit, Interval(drop, drop, drop, difference.n))
 
     per_sample: list[dict[str, Any]] = [{"id": s.id, "category": s.category} for s in samples]
@@ -89,15 +88,14 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
         }
         others = {"high": scored["high"]} | ({"fp16": scored["fp16"]} if samples[0].references else {})
         compare(metric, unit_of(metric, config.encoder), scored["own"], others)
-        if scored["own"].statistics.shape[1] == 2:
-            for row, statistics in zip(per_sample, scored["own"].statistics, strict=True):
-                row[metric] = float(scored["own"].reduce(statistics))
+        for row, value in zip(per_sample, scored["own"].each(), strict=True):
+            row[metric] = float(value)
     agree = {
         who: score_turns("rouge_l", answers, agreement, config.encoder) for who, answers in (("own", own), ("high", high))
     }
     compare("agreement", "ROUGE-L F x 100 with the model's own fp16 output", agree["own"], {"high": agree["high"]})
-    for row, statistics in zip(per_sample, agree["own"].statistics, strict=True):
-        row["agreement"] = float(agree["own"].reduce(statistics))
+    for row, value in zip(per_sample, agree["own"].each(), strict=True):
+        row["agreement"] = float(value)
 
     add_bits(results, own, config.resamples, config.seed)
     for row, completion in zip(per_sample, own, strict=True):

@@ -18,7 +18,7 @@ from pmpd.records import Completion, Schedule, average_bits
 from pmpd.stages.base import Stage, write_summary
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import read_rollouts
-from pmpd.stages.scoring import detectable_drop, mean_scores, references_of, score_turns
+from pmpd.stages.scoring import mean_scores, references_of, score_turns
 
 CHOICE_FILE = "choice.json"
 
@@ -92,7 +92,7 @@ def run_fit_static(config: FitStaticConfig, inputs: Mapping[str, Path], out: Pat
                 "minus_high": difference.value,
                 "minus_high_low": difference.low,
                 "minus_high_high": difference.high,
-                "detectable_drop": detectable_drop(difference),
+                "detectable_drop": scores.detectable_drop(high, config.resamples, config.seed),
                 "lossless": lossless[-1],
             }
         )

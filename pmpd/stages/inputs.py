@@ -116,10 +116,16 @@ class TextsConfig:
 
 def run_texts(config: TextsConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write ``windows`` int64 ``[count, window_tokens]``."""
-    texts = [row["text"] for row in role_rows(read_rows(data_file(inputs["data"]), ("text",)), config.role)]
+    texts = role_rows(read_rows(data_file(inputs["data"]), ("text",)), config.role)
     tokenizer = load_tokenizer(inputs["model"])
     cut = windows(
-        texts, Prompter(tokenizer, "").raw_ids, config.count, config.window_tokens, separator=tokenizer.eos_token_id
+        texts,
+        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+        config.count,
+        config.window_tokens,
+        role=config.role,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
     )
     with atomic(out / WINDOWS_FILE) as temporary:
         save_file({"windows": cut}, temporary)
@@ -137,7 +143,7 @@ class SeedsConfig:
 
 def run_seeds(config: SeedsConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write the seed prompts as samples without references (the paper cuts 256 C4 texts, at 32 tokens or more)."""
-    texts = [row["text"] for row in role_rows(read_rows(data_file(inputs["data"]), ("text",)), "seeds")]
+    texts = role_rows(read_rows(data_file(inputs["data"]), ("text",)), "seeds")
     prompter = Prompter(load_tokenizer(inputs["model"]), "")
     prompts = seed_prompts(texts, prompter.raw_ids, config.count, max_tokens=config.max_tokens, seed=config.seed)
     records = [

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from pmpd.metrics import (
     bertscore_f1,
-    bleu_from_statistics,
     bleu_statistics,
     bootstrap_statistic,
+    corpus_bleu,
+    corpus_sacrebleu,
+    paired_statistic_difference,
     rouge_l,
+    smallest_detectable_drop_statistic,
 )
 from pmpd.records import Completion, Interval, Sample
 
@@ -32,21 +35,23 @@ class Scores:
     reduce: Reduce
 
     def value(self) -> float:
-        return float(self.reduce(self.statistics.sum(0)))
+        return float(self.reduce(self.statistics.sum(0, keepdims=True))[0])
+
+    def each(self) -> NDArray[np.float64]:
+        """The metric of every sample alone, ``[n]``."""
+        return self.reduce(self.statistics)
 
     def interval(self, resamples: int, seed: int) -> Interval:
         """Bootstrap over samples (95 %)."""
-        return bootstrap_statistic(self.statistics, self.reduce, resamples=resamples, seed=seed)
+        return bootstrap_statistic(self.statistics, self.reduce, resamples, seed)
 
     def minus(self, other: Scores, resamples: int, seed: int) -> Interval:
         """Paired difference: both resampled with the same samples."""
-        k = self.statistics.shape[1]
+        return paired_statistic_difference(self.statistics, other.statistics, self.reduce, resamples, seed)
 
-        def difference(total: NDArray[np.float64]) -> NDArray[np.float64]:
-            return self.reduce(total[..., :k]) - other.reduce(total[..., k:])
-
-        both = np.concatenate([self.statistics, other.statistics], axis=1)
-        return bootstrap_statistic(both, difference, resamples=resamples, seed=seed)
+    def detectable_drop(self, other: Scores, resamples: int, seed: int) -> float:
+        """The smallest true drop below ``other`` that these pairs would show four times in five."""
+        return smallest_detectable_drop_statistic(self.statistics, other.statistics, self.reduce, resamples, seed)
 
 
 def mean_scores(values: Sequence[float], scale: float = 1.0) -> Scores:
@@ -63,9 +68,8 @@ def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence
         case "bertscore":
             return mean_scores(bertscore_f1(list(predictions), [list(r) for r in references], encoder), 100)
         case "bleu" | "sacrebleu":
-            smoothing = "none" if metric == "bleu" else "exp"
-            statistics = bleu_statistics(list(predictions), [list(r) for r in references])
-            return Scores(statistics, lambda total: bleu_from_statistics(total, smoothing))
+            statistics = bleu_statistics(predictions, references).astype(np.float64)
+            return Scores(statistics, corpus_bleu if metric == "bleu" else corpus_sacrebleu)
     raise ValueError(f"unknown metric {metric!r}")
 
 
@@ -101,15 +105,6 @@ def references_of(samples: Sequence[Sample], fp16: Mapping[str, Completion]) -> 
 def fp16_references(samples: Sequence[Sample], fp16: Mapping[str, Completion]) -> list[list[list[str]]]:
     """The model's own fp16 output as the only reference: what *agreement* is measured against."""
     return [[[g.text] for g in fp16[s.id].generations] for s in samples]
-
-
-def detectable_drop(difference: Interval) -> float:
-    """The smallest true drop that a one-sided 5 % test on these pairs would notice four times in five.
-
-    (z_0.95 + z_0.80) standard errors, the standard error read off the 95 % bootstrap interval.
-    """
-    standard_error = (difference.high - difference.low) / (2 * 1.959964)
-    return (1.644854 + 0.841621) * standard_error
 
 
 def unit_of(metric: str, encoder: str) -> str:

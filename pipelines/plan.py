@@ -1,0 +1,414 @@
+"""From a cell's configuration to its graph of recipes, without running anything.
+
+The only thing that a key may wait for is the precision search: ``model.high_bits: null`` is read from the
+search's result before anything after it is keyed, so that ``null`` and an explicit 3 share every artifact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pmpd.artifacts import Input, Node, Root, Store, digest_files
+from pmpd.config import (
+    Config,
+    ConfigError,
+    Device,
+    Overlong,
+    SchedulerKind,
+    check_precisions,
+    grid,
+    max_new_tokens,
+)
+from pmpd.models import digest, folder, needs_conversion, resolve
+from pmpd.records import FP16_BITS, Schedule, class_schedules, schedule_family
+from pmpd.stages import inputs as inputs_
+from pmpd.stages import read_summary
+from pmpd.stages.evaluate import EVALUATE, EvaluateConfig
+from pmpd.stages.fit_static import FIT_STATIC, FitStaticConfig
+from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
+from pmpd.stages.learned import (
+    DECIDE,
+    FEATURES,
+    TRAIN_LEARNED,
+    DecideConfig,
+    FeaturesConfig,
+    TrainLearnedConfig,
+)
+from pmpd.stages.measure import ESTIMATE, LATENCY, EstimateConfig, LatencyConfig
+from pmpd.stages.quantization import QUANTIZE, SENSITIVITY, QuantizeConfig, SensitivityConfig
+from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
+from pmpd.stages.search import SEARCH, SearchConfig
+from pmpd.tasks import hub_commit, locate
+
+BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
+"""Cells that every single run shows beside its own: they cost scoring only."""
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """The pair (or more) of a cell, and where it came from."""
+
+    levels: tuple[int, ...]
+    source: str
+
+    @property
+    def high(self) -> int:
+        return self.levels[0]
+
+    @property
+    def low(self) -> int:
+        return self.levels[-1]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The recipes of one cell.
+
+    Attributes:
+        targets: what the cell is for: evaluations by scheduler, estimates, the timing, the search.
+    """
+
+    config: Config
+    precisions: Precisions
+    prefill_bits: int
+    search: Node
+    evaluation: Node
+    estimate: Node
+    latency: Node
+    fit: Node | None
+    training: Node | None
+
+    @property
+    def targets(self) -> list[Node]:
+        """In the order in which they are built: cheap checks of the inputs first."""
+        wanted = [self.search, self.evaluation, self.estimate, self.latency]
+        nodes = {n.key: n for target in wanted for n in target.ancestors()}
+        first = [n for n in nodes.values() if n.stage in (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)]
+        return [*first, *wanted]
+
+
+class MissingSearchError(ConfigError):
+    """``model.high_bits`` is null and the search has not run."""
+
+
+class Planner:
+    """Builds the recipes of one configuration; nodes that two schedulers share are equal by key.
+
+    Raises:
+        ConfigError, DataError, ModelError: an input that is not there.
+    """
+
+    def __init__(self, config: Config, store: Store) -> None:
+        self.config = config
+        self.store = store
+        self.device = device_type(config)
+        self.dtype = config.model.dtype.value
+        self.max_new_tokens = max_new_tokens(config)
+        self.source = resolve(config.model.path, config.model.revision)
+        self.model = self._model()
+        budget, quantizer = config.budget, config.quantizer
+        self.texts_data = self._data(
+            budget.text_dataset,
+            budget.text_split,
+            budget.text_hub_path,
+            budget.text_hub_config,
+            budget.text_hub_revision,
+            budget.text_rows,
+        )
+        calibration = TEXTS.node(
+            inputs_.TextsConfig("calibration", budget.calibration_windows, budget.calibration_window_tokens),
+            model=self.model,
+            data=self.texts_data,
+        )
+        self.perplexity_texts = TEXTS.node(
+            inputs_.TextsConfig("perplexity", budget.search_windows, budget.search_window_tokens),
+            model=self.model,
+            data=self.texts_data,
+        )
+        runtime = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "trust_remote_code": config.model.trust_remote_code,
+        }
+        self.runtime = runtime
+        sensitivity = SENSITIVITY.node(SensitivityConfig(**runtime), model=self.model, texts=calibration)
+        self.nested = QUANTIZE.node(
+            QuantizeConfig(
+                quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size, quantizer.solver.value
+            ),
+            model=self.model,
+            sensitivity=sensitivity,
+        )
+        self.search = SEARCH.node(
+            SearchConfig(
+                seed_bits=quantizer.seed_bits,
+                parent_bits=quantizer.parent_bits,
+                tolerance=budget.search_tolerance,
+                batch_size=budget.batch_size,
+                **runtime,
+            ),
+            model=self.model,
+            nested=self.nested,
+            texts=self.perplexity_texts,
+        )
+
+    def precisions(self) -> Precisions:
+        """The cell's precisions: given, or what the search found.
+
+        Raises:
+            MissingSearchError: they hang on a search that has not run.
+            ConfigError: the search found no lossless precision, or no room below it.
+        """
+        model, nested_low = self.config.model, self.config.quantizer.seed_bits
+        high, source = model.high_bits, "given"
+        if high is None:
+            if self.store.status(self.search) != "cached":
+                raise MissingSearchError("model.high_bits is null and the precision search has not run yet")
+            metrics = read_summary(self.store.verify(self.search))["metrics"]
+            high, source = metrics["lowest_lossless_bits"], "search"
+            if high is None:
+                raise ConfigError(
+                    f"model.high_bits=null is not possible: no precision up to {self.config.quantizer.parent_bits} "
+                    f"bits is within budget.search_tolerance={self.config.budget.search_tolerance} of fp16; "
+                    "raise the tolerance or give model.high_bits"
+                )
+        low = model.low_bits if model.low_bits is not None else high - 1
+        if low < nested_low:
+            raise ConfigError(
+                f"model.low_bits={low} (one below high_bits={high}, from {source}) is not possible: "
+                f"quantizer.seed_bits={nested_low} is the lowest"
+            )
+        check_precisions(high, low, model.middle_bits)
+        return Precisions((high, *model.middle_bits, low), source)
+
+    def cell(self, scheduler: SchedulerKind | None = None) -> Cell:
+        """The recipes of this cell, or of the same cell under another, uniform scheduler."""
+        config, budget, task = self.config, self.config.budget, self.config.task
+        kind = scheduler or config.scheduler.kind
+        precisions = self.precisions()
+        own = kind is config.scheduler.kind
+        prefill = config.scheduler.prefill_bits if config.scheduler.prefill_bits is not None else precisions.high
+        pmpd = (
+            class_schedules(prefill, precisions.levels, self.max_new_tokens)
+            if config.scheduler.kind is SchedulerKind.learned
+            else schedule_family(prefill, precisions.levels, grid(config))
+        )
+        uniform = {
+            SchedulerKind.fp16: Schedule.uniform(FP16_BITS),
+            SchedulerKind.high: Schedule.uniform(precisions.high),
+            SchedulerKind.low: Schedule.uniform(precisions.low),
+        }
+        metrics = [m.value for m in task.metrics]
+        prompts = self._prompts(task.test_split, budget.test_samples)
+        rollouts = self._rollouts(prompts, pmpd, precisions, self.max_new_tokens)
+        if kind is SchedulerKind.low:
+            rollouts["rollouts_low"] = self._rollout(prompts, [uniform[kind]], self.max_new_tokens)
+        fit = training = decisions = None
+        schedule = uniform[kind].name if kind in uniform else None
+        if own and kind is SchedulerKind.static and config.scheduler.switch_step is not None:
+            schedule = Schedule(prefill, precisions.levels, (config.scheduler.switch_step,)).name
+        elif own and kind is SchedulerKind.static:
+            assert task.validation_split is not None
+            validation = self._prompts(task.validation_split, budget.validation_samples)
+            fit = FIT_STATIC.node(
+                FitStaticConfig(
+                    schedules=[s.name for s in pmpd],
+                    max_new_tokens=self.max_new_tokens,
+                    high=Schedule.uniform(precisions.high).name,
+                    metric=metrics[0],
+                    tolerance=config.scheduler.tolerance,
+                    encoder=budget.bertscore_encoder,
+                    resamples=budget.bootstrap_resamples,
+                    seed=config.seed,
+                ),
+                prompts=validation,
+                **self._rollouts(validation, pmpd, precisions, self.max_new_tokens),
+            )
+        elif own and kind is SchedulerKind.learned:
+            training, decisions = self._learned(precisions, prefill, prompts, rollouts["rollouts"])
+        choice: dict[str, Input] = {}
+        if fit is not None:
+            choice["choice"] = fit
+        if decisions is not None:
+            choice["decisions"] = decisions
+        evaluation = EVALUATE.node(
+            EvaluateConfig(
+                scheduler=kind.value,
+                schedule=schedule,
+                high=Schedule.uniform(precisions.high).name,
+                curve=[s.name for s in pmpd] if kind in (SchedulerKind.static, SchedulerKind.learned) else [],
+                metrics=metrics,
+                max_new_tokens=self.max_new_tokens,
+                encoder=budget.bertscore_encoder,
+                resamples=budget.bootstrap_resamples,
+                seed=config.seed,
+            ),
+            prompts=prompts,
+            **rollouts,
+            **choice,
+        )
+        estimate = ESTIMATE.node(
+            EstimateConfig(
+                npu=dataclasses.asdict(config.hardware),
+                parent_bits=config.quantizer.parent_bits,
+                resamples=budget.bootstrap_resamples,
+                seed=config.seed,
+            ),
+            evaluation=evaluation,
+            model=self.model,
+        )
+        latency = LATENCY.node(
+            LatencyConfig(
+                bits=sorted({FP16_BITS, *precisions.levels}, reverse=True),
+                num_tokens=budget.timing_tokens,
+                context_tokens=budget.timing_context_tokens,
+                **self.runtime,
+            ),
+            model=self.model,
+            nested=self.nested,
+            texts=self.perplexity_texts,
+        )
+        return Cell(
+            config if own else replace_scheduler(config, kind),
+            precisions,
+            {SchedulerKind.fp16: FP16_BITS, SchedulerKind.high: precisions.high, SchedulerKind.low: precisions.low}.get(
+                kind, prefill
+            ),
+            self.search,
+            evaluation,
+            estimate,
+            latency,
+            fit,
+            training,
+        )
+
+    def _learned(
+        self, precisions: Precisions, prefill: int, prompts: Node, rollouts: Input
+    ) -> tuple[Node, Node]:
+        config, budget = self.config, self.config.budget
+        scheduler = config.scheduler
+        seeds = SEEDS.node(
+            inputs_.SeedsConfig(budget.seed_prompts, budget.seed_max_prompt_tokens, config.seed),
+            model=self.model,
+            data=self.texts_data,
+        )
+        features = FEATURES.node(
+            FeaturesConfig(prefill, budget.batch_size, **self.runtime),
+            model=self.model,
+            nested=self.nested,
+            prompts=seeds,
+        )
+        classes = class_schedules(prefill, precisions.levels, budget.seed_new_tokens)
+        training = TRAIN_LEARNED.node(
+            TrainLearnedConfig(
+                prefill_bits=prefill,
+                levels=list(precisions.levels),
+                max_new_tokens=budget.seed_new_tokens,
+                epochs=scheduler.epochs,
+                learning_rate=scheduler.learning_rate,
+                weight_decay=scheduler.weight_decay,
+                dropout=scheduler.dropout,
+                train_batch=scheduler.train_batch,
+                holdout=scheduler.holdout,
+                seed=config.seed,
+            ),
+            prompts=seeds,
+            features=features,
+            **self._rollouts(seeds, classes, precisions, budget.seed_new_tokens),
+        )
+        decisions = DECIDE.node(
+            DecideConfig(
+                prefill_bits=prefill,
+                levels=list(precisions.levels),
+                max_new_tokens=self.max_new_tokens,
+                template=config.model.prompt,
+                batch_size=budget.batch_size,
+                **self.runtime,
+            ),
+            model=self.model,
+            nested=self.nested,
+            prompts=prompts,
+            scheduler=training,
+            rollouts=rollouts,
+        )
+        return training, decisions
+
+    def _rollouts(
+        self, prompts: Node, pmpd: list[Schedule], precisions: Precisions, tokens: int
+    ) -> dict[str, Input]:
+        """fp16 and the candidates (with uniform high, which most often is one of them), an artifact each."""
+        canonical = dict.fromkeys(s.canonical(tokens) for s in pmpd)
+        candidates = list(canonical | {Schedule.uniform(precisions.high): None})
+        fp16 = [Schedule.uniform(FP16_BITS)]
+        return {
+            "rollouts": self._rollout(prompts, candidates, tokens),
+            "rollouts_fp16": self._rollout(prompts, fp16, tokens),
+        }
+
+    def _rollout(self, prompts: Node, schedules: list[Schedule], tokens: int) -> Node:
+        quantised = any(s.prefill_bits != FP16_BITS or s.levels != (FP16_BITS,) for s in schedules)
+        return ROLLOUTS.node(
+            RolloutsConfig(
+                schedules=[s.name for s in schedules],
+                max_new_tokens=tokens,
+                template=self.config.model.prompt,
+                batch_size=self.config.budget.batch_size,
+                **self.runtime,
+            ),
+            model=self.model,
+            prompts=prompts,
+            **({"nested": self.nested} if quantised else {}),
+        )
+
+    def _prompts(self, split: str, limit: int | None) -> Node:
+        task = self.config.task
+        return PROMPTS.node(
+            inputs_.PromptsConfig(
+                dataset=task.dataset,
+                split=split,
+                instruction=task.prompt,
+                template=self.config.model.prompt,
+                limit=limit,
+                min_reference_words=task.min_reference_words,
+                max_new_tokens=self.max_new_tokens,
+                truncate=task.overlong is Overlong.truncate,
+            ),
+            model=self.model,
+            data=self._data(task.dataset, split, task.hub_path, task.hub_config, task.hub_revision, None),
+        )
+
+    def _model(self) -> Input:
+        source = self.source
+        key = digest(source, self.store.root / "digests.json")
+        if needs_conversion(source):
+            return WEIGHTS.node(inputs_.WeightsConfig(), source=Root(source.path, key, lambda: folder(source)))
+        return Root(source.path, key, lambda: folder(source))
+
+    def _data(
+        self, dataset: str, split: str, hub_path: str, hub_config: str | None, revision: str, max_rows: int | None
+    ) -> Input:
+        path = locate(dataset, split, self.config.data.root)
+        if path is not None:
+            file: Path = path
+            return Root(str(file), digest_files([file], self.store.root / "digests.json"), lambda: file)
+        commit = hub_commit(hub_path, revision)
+        return DATA.node(inputs_.DataConfig(hub_path, hub_config, commit, split, max_rows))
+
+
+def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
+    """The same cell under a uniform scheduler."""
+    scheduler = dataclasses.replace(
+        config.scheduler, name=kind.value, kind=kind, prefill_bits=None, grid=None, switch_step=None
+    )
+    return dataclasses.replace(config, scheduler=scheduler)
+
+
+def device_type(config: Config) -> str:
+    """``cuda`` or ``cpu``: the device asked for, or the one that is there."""
+    if config.device is Device.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device.value

@@ -1,0 +1,241 @@
+"""Tables and figures of an experiment or a sweep, from the store alone: no model runs, no GPU, no W&B.
+
+    python pipelines/report.py experiment=quickstart
+    python pipelines/report.py task=dialogsum,iwslt scheduler=high,static data.root=DIR
+
+A cell that is missing is named with the command that fills it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pipelines.plan import Cell, MissingSearchError, Planner
+from pipelines.schema import register
+from pmpd.artifacts import Node, Store, StoreError, read_json
+from pmpd.config import Config, from_omegaconf
+from pmpd.report import CellRecord, draw_perplexity, draw_quality, draw_switch_steps, summary_table, tidy
+from pmpd.stages import read_summary
+
+log = logging.getLogger("pmpd.report")
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+PAPER = Path("outputs/paper")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A cell of the grid that the store does not hold."""
+
+    command: str
+    reason: str
+
+
+def grid_of(overrides: Sequence[str]) -> list[list[str]]:
+    """The override lists of every cell: an experiment's own sweep, with what is given on the command line."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    swept = {o.get_key_element(): list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()}
+    plain = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
+    base = compose("config", overrides=plain, return_hydra_config=True)
+    params = dict(base.hydra.sweeper.params or {})
+    named = {o.get_key_element() for o in parsed}
+    for override in OverridesParser.create().parse_overrides(
+        [f"{k}={v}" for k, v in params.items() if k not in named]
+    ):
+        key = override.get_key_element()
+        swept[key] = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    axes = [[f"{key}={value}" for value in values] for key, values in swept.items()]
+    return [[*plain, *choice] for choice in itertools.product(*axes)]
+
+
+def collect(cells: Sequence[Sequence[str]]) -> tuple[list[CellRecord], list[Missing], Config]:
+    """Compose every cell, compute its keys, and read what is there."""
+    records: list[CellRecord] = []
+    missing: list[Missing] = []
+    config: Config | None = None
+    for overrides in cells:
+        config = from_omegaconf(compose("config", overrides=list(overrides)))
+        store = Store(Path(config.store))
+        command = "python pipelines/run.py " + shlex.join(o for o in overrides)
+        if any(o.startswith("experiment=") for o in overrides):
+            command += " hydra.mode=RUN"
+        try:
+            records += cell_records([Planner(config, store).cell()], store)
+        except (MissingSearchError, FileNotFoundError, StoreError) as error:
+            missing.append(Missing(command, str(error)))
+    assert config is not None
+    return records, missing, config
+
+
+def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
+    """What the store holds of ``cells``.
+
+    Raises:
+        FileNotFoundError: an artifact is not there.
+    """
+    records = []
+    for cell in cells:
+        results = []
+        for node in (cell.evaluation, cell.estimate):
+            results += [r | {"key": node.key} for r in read_json(_verified(store, node) / "results.json")]
+        results += _latency_rows(cell, store)
+        records.append(
+            CellRecord(
+                model=cell.config.model.name,
+                task=cell.config.task.name,
+                scheduler=cell.config.scheduler.name,
+                prefill_bits=cell.prefill_bits,
+                levels=cell.precisions.levels,
+                metrics=tuple(m.value for m in cell.config.task.metrics),
+                results=results,
+                switch_curve=_curve(store, cell.evaluation, "switch_step"),
+                fit_curve=_curve(store, cell.fit, "switch_step"),
+                perplexity_curve=_curve(store, cell.search, "perplexity"),
+                note=_note(cell, store),
+            )
+        )
+    return records
+
+
+def write_report(records: Sequence[CellRecord], out: Path, tolerance: float = 0.05) -> str:
+    """Write ``results.csv``, ``table.md`` and the figures below ``out``; show the tables.
+
+    Returns:
+        the tables as Markdown.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tidy(list(records)).to_csv(out / "results.csv", index=False)
+    groups: dict[tuple[str, str], list[CellRecord]] = {}
+    for record in records:
+        groups.setdefault((record.model, record.task), []).append(record)
+    texts, figures = [], []
+    for (model, task), group in groups.items():
+        texts.append(f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}")
+        stem = f"{model}_{task}"
+        draw_quality(group, out / f"quality_{stem}.png")
+        figures.append(out / f"quality_{stem}.png")
+        curves = [r for r in group if r.switch_curve and len(r.levels) == 2]
+        if curves:
+            best = next((r for r in curves if r.fit_curve), curves[0])
+            draw_switch_steps(best, out / f"switch_step_{stem}.png")
+            figures.append(out / f"switch_step_{stem}.png")
+    for model in dict.fromkeys(r.model for r in records):
+        curve = next(r.perplexity_curve for r in records if r.model == model)
+        draw_perplexity(curve, tolerance, model, out / f"perplexity_{model}.png")
+        figures.append(out / f"perplexity_{model}.png")
+    text = "\n\n".join(texts) + "\n"
+    (out / "table.md").write_text(text, encoding="utf-8")
+    log.info("\n%s\nwritten to %s: results.csv, table.md, %s (and .pdf)", text, out, ", ".join(f.name for f in figures))
+    return text
+
+
+class SweepReport(Callback):
+    """Ends a sweep in one table and figure over all of its cells."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook: the sweep's own overrides are the grid."""
+        choice = config.hydra.runtime.choices.get("experiment")
+        overrides = [str(o) for o in config.hydra.overrides.task]
+        report(overrides, PAPER / (choice or str(config.run_name)))
+
+
+def report(overrides: Sequence[str], out: Path) -> list[Missing]:
+    """Collect the grid behind ``overrides`` and write its report; missing cells are named and returned."""
+    GlobalHydra.instance().clear()
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="report"):
+        records, missing, _ = collect(grid_of(overrides))
+    if records:
+        write_report(records, out)
+    for cell in missing:
+        log.warning("missing: %s\n  fill it with: %s", cell.reason, cell.command)
+    return missing
+
+
+def main() -> int:
+    """Command line: Hydra overrides, as for run.py."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    if len(overrides) != len(sys.argv) - 1:
+        print(__doc__)
+        return 0 if {"-h", "--help"} & set(sys.argv) else 2
+    experiment = next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "run")
+    try:
+        missing = report(overrides, PAPER / experiment)
+    except (ValueError, StoreError, HydraException, OmegaConfBaseException) as error:
+        log.error("error: %s", error)
+        return 1
+    return 1 if missing else 0
+
+
+def _verified(store: Store, node: Node) -> Path:
+    try:
+        return store.verify(node)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{node.stage} {node.key} is not in the store") from None
+
+
+def _curve(store: Store, node: Node | None, name: str) -> list[dict[str, Any]]:
+    return read_summary(_verified(store, node))["curves"].get(name, []) if node is not None else []
+
+
+def _latency_rows(cell: Cell, store: Store) -> list[dict[str, Any]]:
+    timing = read_json(_verified(store, cell.latency) / "results.json")
+    return [
+        {
+            "quantity": f"latency_{row['bits']}_bits",
+            "unit": f"ms a decode step, median, on {timing['device']}; {timing['weights']}",
+            "value": row["median_ms"],
+            "ci_low": row["p10_ms"],
+            "ci_high": row["p90_ms"],
+            "n": row["num_steps"],
+            "key": cell.latency.key,
+        }
+        for row in timing["rows"]
+    ]
+
+
+def _note(cell: Cell, store: Store) -> str:
+    if cell.fit is not None:
+        metrics = read_summary(_verified(store, cell.fit))["metrics"]
+        steps = metrics["schedule"].partition(":")[2]
+        return f"fitted {steps}" + ("" if metrics["lossless"] else ", none lossless")
+    if cell.training is not None:
+        metrics = read_summary(_verified(store, cell.training))["metrics"]
+        return f"held-out accuracy {metrics['holdout_accuracy']:.2f}, majority {metrics['majority_accuracy']:.2f}"
+    return ""
+
+
+def _caption(group: Sequence[CellRecord]) -> str:
+    high, low = group[0].levels[0], group[0].levels[-1]
+    npu = group[0].find("npu_decode_throughput")
+    timings = [r for r in group[0].results if r["quantity"].startswith("latency_")]
+    lines = [
+        f"high is uniform {high} bits, low uniform {low}, both prefill included. agreement: ROUGE-L with the model's "
+        "own fp16 output. Intervals: 95 % bootstrap over samples; differences are paired.",
+    ]
+    if npu:
+        lines.append(f"NPU: {npu['unit']}.")
+    if timings:
+        steps = ", ".join(f"{r['quantity'].split('_')[1]} bits {r['value']:.1f}" for r in timings)
+        lines.append(f"Measured here, {timings[0]['unit']}: {steps}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

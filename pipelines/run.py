@@ -1,0 +1,142 @@
+"""Run one cell, or with -m a sweep: plan it, check it, build what is missing, and end in a table.
+
+    python pipelines/run.py                              the embedded model on shipped news
+    python pipelines/run.py experiment=quickstart        five schedulers, a table and a figure
+    python pipelines/run.py model=vicuna7b task=cnndm scheduler=learned
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from pipelines.plan import BASELINES, Cell, Planner
+from pipelines.preflight import cells_of, check_disk, check_machine, describe
+from pipelines.report import cell_records, write_report
+from pipelines.schema import register
+from pmpd.artifacts import Node, Store, StoreError
+from pmpd.config import Config, from_omegaconf
+from pmpd.stages import execute, read_summary
+from pmpd.tracking import Tracker, code_version, open_tracker
+
+log = logging.getLogger("pmpd.run")
+
+register()
+
+
+def run_cell(config: Config, out: Path, job: str) -> None:
+    """Build everything that a cell needs, track it, and write its table and figures below ``out``.
+
+    Raises:
+        ValueError, StoreError: anything that a user can mend; nothing that was finished is lost.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    store = Store(Path(config.store))
+    check_machine(config)
+    planner = Planner(config, store)
+    check_disk(planner)
+    kinds = [*(kind for kind in BASELINES if kind is not config.scheduler.kind), config.scheduler.kind]
+    cells = cells_of(planner, kinds)
+    log.info("plan for %s, %s, %s\n%s\n", config.model.name, config.task.name, config.scheduler.name,
+             describe(planner, cells))
+    tracker = open_tracker(
+        config.tracking.mode.value,
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        dir=config.tracking.dir,
+        config=_plain(config) | {"code_version": code_version()},
+        group=config.run_name,
+        name=f"{config.model.name}-{config.task.name}-{config.scheduler.name}-{job}",
+        tags=[config.model.name, config.task.name, config.scheduler.name, config.budget.name],
+    )
+    try:
+        if not cells:
+            _build(planner.search, store, tracker)
+            cells = [planner.cell(kind) for kind in kinds]
+            log.info("the search found %s bits; plan\n%s\n", cells[0].precisions.high, describe(planner, cells))
+        for cell in cells:
+            for target in cell.targets:
+                _build(target, store, tracker)
+        _say_search(cells[-1], store)
+        write_report(cell_records(cells, store), out)
+    finally:
+        tracker.finish()
+
+
+def _build(target: Node, store: Store, tracker: Tracker) -> None:
+    """Materialise ``target``; every stage that it took, or found, is tracked once."""
+
+    def run(node: Node, inputs: Any, work: Path) -> None:
+        log.info("%s %s", node.stage, node.key)
+        execute(node, inputs, work)
+        built.add(node.key)
+
+    built: set[str] = set()
+    store.materialize(target, run)
+    for node in target.ancestors():
+        path = store.path(node)
+        if not path.exists():
+            continue
+        summary = read_summary(path)
+        inputs = {name: parent.key for name, parent in node.inputs.items()}
+        tracker.lineage(node.stage, node.key, inputs, str(path), node.key not in built)
+        tracker.metrics(node.stage, {k: v for k, v in summary["metrics"].items() if v is not None})
+        for name, rows in summary["curves"].items():
+            tracker.curve(node.stage, name, rows)
+        for name, rows in summary["tables"].items():
+            tracker.table(node.stage, name, rows)
+
+
+def _say_search(cell: Cell, store: Store) -> None:
+    metrics = read_summary(store.path(cell.search))["metrics"]
+    found = metrics["lowest_lossless_bits"]
+    pair = (metrics["pair_prefill_bits"], metrics["pair_decode_bits"])
+    log.info(
+        "search: lowest precision within %.3g of fp16's perplexity: %s; cheapest (prefill, decode) pair: %s; "
+        "used here: %s (%s)",
+        metrics["tolerance"],
+        f"{found} bits" if found else "none",
+        pair if pair[0] else "none",
+        "/".join(map(str, cell.precisions.levels)),
+        cell.precisions.source,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Configuration as JSON-able values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@hydra.main(config_path="../conf", config_name="config", version_base="1.3")
+def main(node: DictConfig) -> None:
+    """Hydra's entry: compose, check, run; a mistake of the user's is one line, not a traceback."""
+    runtime = HydraConfig.get()
+    out = Path(runtime.runtime.output_dir)
+    try:
+        run_cell(from_omegaconf(node), out, out.name)
+    except (ValueError, StoreError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        log.error("error: %s", error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Tables and figures from what the store holds. Knows results, not how they were made."""
+
+from pmpd.report.figures import draw_perplexity, draw_quality, draw_switch_steps
+from pmpd.report.frame import COLUMNS, CellRecord, tidy
+from pmpd.report.table import markdown_table, summary_table
+
+__all__ = [
+    "COLUMNS",
+    "CellRecord",
+    "draw_perplexity",
+    "draw_quality",
+    "draw_switch_steps",
+    "markdown_table",
+    "summary_table",
+    "tidy",
+]

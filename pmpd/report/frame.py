@@ -1,0 +1,81 @@
+"""The tidy frame: one row a number, with its interval, its n and the key of the artifact that it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+COLUMNS = (
+    "model",
+    "task",
+    "scheduler",
+    "prefill_bits",
+    "high_bits",
+    "low_bits",
+    "average_bits",
+    "metric",
+    "unit",
+    "value",
+    "ci_low",
+    "ci_high",
+    "n",
+    "key",
+)
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """What a finished cell has to say.
+
+    Attributes:
+        results: rows with quantity, unit, value, ci_low, ci_high, n and key.
+        switch_curve: rows of quality by candidate schedule on the test split.
+        fit_curve: the same on the validation split, for a fitted static schedule.
+        perplexity_curve: rows of bits and perplexity of the model.
+        note: how the schedule was chosen, in a phrase.
+    """
+
+    model: str
+    task: str
+    scheduler: str
+    prefill_bits: int
+    levels: tuple[int, ...]
+    metrics: tuple[str, ...]
+    results: list[dict[str, Any]]
+    switch_curve: list[dict[str, Any]] = field(default_factory=list)
+    fit_curve: list[dict[str, Any]] = field(default_factory=list)
+    perplexity_curve: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
+
+    def find(self, quantity: str) -> dict[str, Any] | None:
+        """The result row of a quantity."""
+        return next((r for r in self.results if r["quantity"] == quantity), None)
+
+
+def tidy(records: list[CellRecord]) -> pd.DataFrame:
+    """All results as one frame with :data:`COLUMNS`."""
+    rows = []
+    for record in records:
+        bits = record.find("average_bits")
+        for result in record.results:
+            rows.append(
+                {
+                    "model": record.model,
+                    "task": record.task,
+                    "scheduler": record.scheduler,
+                    "prefill_bits": record.prefill_bits,
+                    "high_bits": record.levels[0],
+                    "low_bits": record.levels[-1],
+                    "average_bits": bits["value"] if bits else None,
+                    "metric": result["quantity"],
+                    "unit": result["unit"],
+                    "value": result["value"],
+                    "ci_low": result["ci_low"],
+                    "ci_high": result["ci_high"],
+                    "n": result["n"],
+                    "key": result["key"],
+                }
+            )
+    return pd.DataFrame(rows, columns=list(COLUMNS))
