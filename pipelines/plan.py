@@ -112,6 +112,7 @@ class Planner:
         self.model = self._model()
         budget, quantizer = config.budget, config.quantizer
         self.texts_data = self._data(
+            config.data.text_root or config.data.root,
             budget.text_dataset,
             budget.text_split,
             budget.text_hub_path,
@@ -365,7 +366,7 @@ class Planner:
         )
 
     def _prompts(self, split: str, limit: int | None) -> Node:
-        task = self.config.task
+        config, task = self.config, self.config.task
         return PROMPTS.node(
             inputs_.PromptsConfig(
                 dataset=task.dataset,
@@ -378,7 +379,7 @@ class Planner:
                 truncate=task.overlong is Overlong.truncate,
             ),
             model=self.model,
-            data=self._data(task.dataset, split, task.hub_path, task.hub_config, task.hub_revision, None),
+            data=self._data(config.data.root, task.dataset, split, task.hub_path, task.hub_config, task.hub_revision, None),
         )
 
     def _model(self) -> Input:
@@ -389,9 +390,16 @@ class Planner:
         return Root(source.path, key, lambda: folder(source))
 
     def _data(
-        self, dataset: str, split: str, hub_path: str, hub_config: str | None, revision: str, max_rows: int | None
+        self,
+        root: str | None,
+        dataset: str,
+        split: str,
+        hub_path: str,
+        hub_config: str | None,
+        revision: str,
+        max_rows: int | None,
     ) -> Input:
-        path = locate(dataset, split, self.config.data.root)
+        path = locate(dataset, split, root)
         if path is not None:
             file: Path = path
             return Root(str(file), digest_files([file], self.store.root / "digests.json"), lambda: file)

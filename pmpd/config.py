@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, Optional  # noqa: UP035
 
 from omegaconf import MISSING, OmegaConf
 
 from pmpd.records import FP16_BITS, switch_grid
-
-SAMPLES = "samples"
-"""``data.root=samples`` reads the small texts shipped in the package."""
-
 
 class DType(Enum):
     float32 = "float32"
@@ -86,6 +81,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     root: Optional[str] = None
+    text_root: Optional[str] = None
 
 
 @dataclass
@@ -355,8 +351,3 @@ def check_precisions(high_bits: int, low_bits: int, middle_bits: list[int]) -> N
         raise ConfigError(
             f"model.middle_bits={middle_bits} is not possible: strictly between {high_bits} and {low_bits}, falling"
         )
-
-
-def data_root(config: Config) -> Optional[Path]:
-    """The folder of local data, None for the hub; :data:`SAMPLES` is resolved by ``pmpd.tasks``."""
-    return Path(config.data.root).expanduser() if config.data.root not in (None, SAMPLES) else None

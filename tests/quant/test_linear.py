@@ -1,0 +1,95 @@
+import pytest
+import torch
+from torch import nn
+
+from pmpd.quant.linear import NestedLinear, PrecisionCell
+from pmpd.quant.nested import quantize_weight
+
+
+def make_layer(cell: PrecisionCell, *, bias: bool = True, seed_bits: int = 2, parent_bits: int = 4) -> NestedLinear:
+    torch.manual_seed(0)
+    original = nn.Linear(40, 6, bias=bias)
+    quantized = quantize_weight(
+        original.weight, torch.ones(6, 40), seed_bits=seed_bits, parent_bits=parent_bits, group_size=16
+    )
+    return NestedLinear(quantized, original, cell)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_follows_the_cell(x: torch.Tensor, bias: bool) -> None:
+    cell = PrecisionCell()
+    layer = make_layer(cell, bias=bias)
+    for bits in (16, 4, 2, 3, 16, 4):
+        cell.bits = bits
+        weight = layer.weight if bits == 16 else layer.nested.dequantize(bits, torch.float64)
+        expected = x.double() @ weight.double().T + (layer.bias.double() if bias else 0)
+        torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_new_cell_is_the_unquantised_model() -> None:
+    assert PrecisionCell().bits == 16
+
+
+def test_a_precision_that_some_layer_lacks_is_refused() -> None:
+    cell = PrecisionCell()
+    make_layer(cell)
+    make_layer(cell, seed_bits=3, parent_bits=5)
+    assert cell.available == [3, 4, 16]
+    cell.bits = 3
+    for bits in (2, 5, 8):
+        with pytest.raises(ValueError, match=rf"bits={bits} .*\[3, 4, 16\]"):
+            cell.bits = bits
+        with pytest.raises(ValueError, match=rf"bits={bits} "):
+            cell.prepare(bits)
+    assert cell.bits == 3
+
+
+def test_without_layers_only_the_unquantised_precision_is_there() -> None:
+    with pytest.raises(ValueError, match=r"\[16\]"):
+        PrecisionCell().bits = 4
+
+
+def test_a_weight_is_dequantised_once_until_dropped(x: torch.Tensor) -> None:
+    cell = PrecisionCell()
+    layer = make_layer(cell)
+    cell.prepare(3)
+    three = layer.weight_at(3)
+    cell.bits = 3
+    layer(x)
+    assert layer.weight_at(3) is three
+    four = layer.weight_at(4)
+    cell.drop(3)
+    assert layer.weight_at(4) is four
+    assert layer.weight_at(3) is not three
+    cell.drop()
+    assert layer.weight_at(4) is not four
+    assert torch.equal(layer.weight_at(4), four)
+
+
+def test_a_moved_layer_dequantises_anew(x: torch.Tensor) -> None:
+    cell = PrecisionCell()
+    layer = make_layer(cell)
+    cell.bits = 4
+    layer(x)
+    layer.double()
+    assert layer(x.double()).dtype == torch.float64
+    layer.to(torch.bfloat16)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_names_and_values_of_the_state_are_the_original_layers() -> None:
+    original = nn.Linear(40, 6)
+    layer = NestedLinear(quantize_weight(original.weight, torch.ones(6, 40)), original, PrecisionCell())
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert layer.weight is original.weight
+
+
+def test_another_layers_weight_is_refused() -> None:
+    quantized = quantize_weight(torch.randn(6, 40), torch.ones(6, 40))
+    with pytest.raises(ValueError, match=r"\[6, 40\].*\[40, 6\]"):
+        NestedLinear(quantized, nn.Linear(6, 40), PrecisionCell())

@@ -1,0 +1,216 @@
+"""The store: keys, atomic publish, damage, kills, several processes, a full disk."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pmpd.artifacts import (
+    DamagedArtifactError,
+    Node,
+    Root,
+    Store,
+    StoreError,
+    atomic,
+    digest_files,
+    recipe_key,
+    write_json,
+)
+
+
+def node(name="a", version=1, **inputs):
+    return Node("stage", version, {"name": name}, inputs)
+
+
+def write(node, inputs, out):
+    write_json(out / "value.json", {"name": node.config["name"], "from": sorted(str(p) for p in inputs.values())})
+
+
+def test_key_is_pinned_and_depends_on_everything():
+    assert recipe_key("s", 1, {"a": 1, "b": 2}, {"x": "k"}) == recipe_key("s", 1, {"b": 2, "a": 1}, {"x": "k"})
+    assert recipe_key("s", 1, {"a": 1}, {"x": "k"}) == "bc5f6ec3a0f0d440"
+    keys = {
+        recipe_key("s", 1, {"a": 1}, {"x": "k"}),
+        recipe_key("t", 1, {"a": 1}, {"x": "k"}),
+        recipe_key("s", 2, {"a": 1}, {"x": "k"}),
+        recipe_key("s", 1, {"a": 2}, {"x": "k"}),
+        recipe_key("s", 1, {"a": 1}, {"x": "l"}),
+        recipe_key("s", 1, {"a": 1}, {"y": "k"}),
+    }
+    assert len(keys) == 6
+
+
+def test_an_artifact_is_built_once(tmp_path):
+    store, calls = Store(tmp_path / "s"), []
+
+    def execute(n, inputs, out):
+        calls.append(n.config["name"])
+        write(n, inputs, out)
+
+    child = node("child", parent=node("parent"))
+    first = store.materialize(child, execute)
+    assert store.materialize(child, execute) == first
+    assert calls == ["parent", "child"]
+    assert store.status(child) == "cached"
+
+
+def test_a_cached_child_needs_no_parent(tmp_path):
+    store = Store(tmp_path / "s")
+    child = node("child", parent=node("parent"))
+    store.materialize(child, write)
+    for path in sorted(store.path(child.inputs["parent"]).iterdir()):
+        path.unlink()
+    store.path(child.inputs["parent"]).rmdir()
+    assert Store(tmp_path / "s").materialize(child, None).exists()
+
+
+def test_a_failed_stage_leaves_nothing_that_looks_finished_and_keeps_its_parts(tmp_path):
+    store = Store(tmp_path / "s")
+
+    def fail(n, inputs, out):
+        write_json(out / "part.json", 1)
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        store.materialize(node(), fail)
+    assert store.status(node()) == "resumes"
+
+    def resume(n, inputs, out):
+        assert (out / "part.json").exists()
+        write(n, inputs, out)
+
+    assert sorted(p.name for p in store.materialize(node(), resume).iterdir()) == [
+        "artifact.json",
+        "part.json",
+        "value.json",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["change", "remove", "manifest"])
+def test_a_damaged_artifact_is_named_and_rebuilt_never_used(tmp_path, damage, caplog):
+    Store(tmp_path / "s").materialize(node(), write)
+    store = Store(tmp_path / "s")
+    path = store.path(node())
+    if damage == "change":
+        (path / "value.json").write_text("{}")
+    elif damage == "remove":
+        (path / "value.json").unlink()
+    else:
+        (path / "artifact.json").write_text("{")
+    with pytest.raises(DamagedArtifactError, match="value.json|artifact.json"):
+        store.verify(node())
+    store.materialize(node(), write)
+    assert json.loads((path / "value.json").read_text())["name"] == "a"
+    assert "damaged" in caplog.text
+
+
+def test_another_format_is_refused(tmp_path):
+    Store(tmp_path / "s")
+    write_json(tmp_path / "s" / "store.json", {"format": 99})
+    with pytest.raises(StoreError, match="format 99"):
+        Store(tmp_path / "s")
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(StoreError, match="no store"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["stage", "publish"])
+def test_a_full_disk_is_said_and_the_next_run_resumes(tmp_path, monkeypatch, where):
+    store = Store(tmp_path / "s")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if where == "publish":
+            patch.setattr("pmpd.artifacts._fsync", full)
+        with pytest.raises(StoreError, match="disk .* is full .* run the same command again"):
+            store.materialize(node(), full if where == "stage" else lambda n, i, out: (out / "f").write_text("x"))
+    assert store.status(node()) == "resumes"
+    assert store.materialize(node(), write).exists()
+
+
+def test_atomic_leaves_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "f.json"
+    write_json(path, 1)
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_roots_are_located_only_when_needed(tmp_path):
+    store = Store(tmp_path / "s")
+    file = tmp_path / "data"
+    file.write_text("x")
+    located = []
+    root = Root("data", "k1", lambda: located.append(1) or file)
+    child = node("child", data=root)
+    assert child.key != node("child", data=Root("data", "k2", lambda: file)).key
+    assert not located
+    store.materialize(child, write)
+    assert located == [1]
+
+
+def _slow_build(root, counter):
+    def execute(n, inputs, out):
+        with Path(counter).open("a") as stream:
+            stream.write("built\n")
+        time.sleep(0.3)
+        write(n, inputs, out)
+
+    Store(Path(root)).materialize(node(), execute)
+
+
+def test_two_processes_build_once(tmp_path):
+    Store(tmp_path / "s")
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_slow_build, args=(str(tmp_path / "s"), str(tmp_path / "count"))) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert (tmp_path / "count").read_text() == "built\n"
+
+
+def _hang(root):
+    def execute(n, inputs, out):
+        write_json(out / "part.json", 1)
+        time.sleep(60)
+
+    Store(Path(root)).materialize(node(), execute)
+
+
+def test_kill_9_frees_the_lock_and_the_next_run_resumes(tmp_path):
+    Store(tmp_path / "s")
+    worker = multiprocessing.get_context("spawn").Process(target=_hang, args=(str(tmp_path / "s"),))
+    worker.start()
+    part = Store(tmp_path / "s").work(node()) / "part.json"
+    deadline = time.monotonic() + 30
+    while not part.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    path = Store(tmp_path / "s").materialize(node(), write)
+    assert (path / "part.json").exists()
+
+
+def test_digests_follow_content_and_are_cached(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    first = digest_files([file], tmp_path / "cache.json")
+    assert digest_files([file], tmp_path / "cache.json") == first == digest_files([file], None)
+    file.write_text("two!")
+    assert digest_files([file], tmp_path / "cache.json") != first

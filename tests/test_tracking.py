@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pmpd import __version__, tracking
+from pmpd.tracking import NullTracker, code_version, open_tracker
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No login, settings or staging folder of whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """The protocol buffers of a .wandb file: a LevelDB log of 32 KiB blocks after a 7-byte header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, records, parts = path.read_bytes(), 7, [], b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too short for a record's header: padding
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(parts)
+            records.append(record)
+            parts = b""
+    return records
+
+
+def items(update: Any) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
+
+
+def open_offline(tmp_path: Path, **extra: Any) -> tracking.Tracker:
+    config = {"model": {"name": "tiny"}, "seed": 0}
+    return open_tracker("offline", project="pmpd-test", dir=str(tmp_path), config=config, **extra)
+
+
+def test_an_offline_run_can_be_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = open_offline(tmp_path, group="table-1", name="cell", tags=["quick"])
+    tracker.metrics("evaluate", {"rouge_l": 0.25, "signature": "tok:13a"})
+    tracker.curve("search", "perplexity", [{"bits": 2, "c4": 9.0}, {"bits": 3, "c4": 5.0}])
+    tracker.table("report", "rows", [{"model": "tiny", "bits": 2.5}, {"model": "tiny", "n": 12}])
+    tracker.lineage("quantize", "k1", {"model": "m0"}, "store/quantize/k1", cached=True)
+    tracker.lineage("rollouts", "k2", {"quantize": "k1"}, "store/rollouts/k2", cached=False)
+    tracker.finish()
+
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = wandb_records(path)
+    (run,) = [record.run for record in records if record.HasField("run")]
+    assert (run.project, run.run_group, run.display_name, list(run.tags)) == ("pmpd-test", "table-1", "cell", ["quick"])
+    config = items(run.config.update)
+    assert config["model"] == {"name": "tiny"}
+    assert config["code_version"] == code_version()
+
+    history = [items(record.history.item) for record in records if record.HasField("history")]
+    assert history[0].items() >= {"evaluate/rouge_l": 0.25, "evaluate/signature": "tok:13a"}.items()
+    assert [(row["search/perplexity/bits"], row["search/perplexity/c4"]) for row in history[1:3]] == [(2, 9), (3, 5)]
+    steps = {record.metric.name: record.metric.step_metric for record in records if record.HasField("metric")}
+    assert steps["search/perplexity/c4"] == "search/perplexity/bits"
+
+    (table,) = path.parent.glob("files/media/table/report/*.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["model", "bits", "n"]
+    assert content["data"] == [["tiny", 2.5, None], ["tiny", None, 12]]
+
+    updates: dict[str, Any] = {}
+    for record in records:
+        if record.HasField("config"):
+            updates.update(items(record.config.update))
+    assert updates["lineage"] == {
+        "quantize/k1": {"inputs": {"model": "m0"}, "path": "store/quantize/k1", "cached": True},
+        "rollouts/k2": {"inputs": {"quantize": "k1"}, "path": "store/rollouts/k2", "cached": False},
+    }
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_two_runs_of_one_process_stay_apart(tmp_path: Path) -> None:
+    first, second = open_offline(tmp_path, name="a"), open_offline(tmp_path, name="b")
+    first.metrics("evaluate", {"x": 1.0})
+    second.metrics("evaluate", {"x": 2.0})
+    first.finish()
+    second.finish()
+    found = {}
+    for path in tmp_path.glob("wandb/offline-run-*/*.wandb"):
+        records = wandb_records(path)
+        (name,) = [record.run.display_name for record in records if record.HasField("run")]
+        found[name] = [items(record.history.item)["evaluate/x"] for record in records if record.HasField("history")]
+    assert found == {"a": [1.0], "b": [2.0]}
+
+
+def test_an_offline_run_prints_nothing_and_writes_only_where_it_was_told(tmp_path: Path) -> None:
+    program = (
+        "from pmpd.tracking import open_tracker\n"
+        f"t = open_tracker('offline', project='p', dir={str(tmp_path / 'runs')!r}, config={{}})\n"
+        "t.metrics('s', {'x': 1}); t.table('s', 't', [{'a': 1}]); t.finish()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"PYTHONPATH": str(Path(tracking.__file__).parents[1])}
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 30
+    assert done.stdout == done.stderr == ""
+    assert list(tmp_path.glob("runs/wandb/offline-run-*"))
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+
+
+def test_disabled_never_imports_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = open_tracker("disabled", project="p", dir=str(tmp_path), config={})
+    use_everything(tracker)
+    assert isinstance(tracker, NullTracker)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_mode_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mode='ofline': one of offline, online, disabled"):
+        open_tracker("ofline", project="p", dir=str(tmp_path), config={})
+
+
+def use_everything(tracker: tracking.Tracker) -> None:
+    tracker.metrics("evaluate", {"x": 1.0})
+    tracker.curve("search", "c", [{"bits": 2, "y": 1.0}])
+    tracker.table("report", "t", [{"a": 1}])
+    tracker.lineage("quantize", "k", {}, "p", cached=False)
+    tracker.finish()
+
+
+def only_warning(caplog: pytest.LogCaptureFixture) -> str:
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    return record.getMessage()
+
+
+def test_a_missing_wandb_costs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    use_everything(open_offline(tmp_path))
+    assert "W&B failed at start" in only_warning(caplog)
+    assert "ModuleNotFoundError" in only_warning(caplog)
+
+
+def test_an_init_that_fails_costs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def fail(**_: Any) -> None:
+        raise wandb.errors.CommError("service is down")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    use_everything(open_offline(tmp_path))
+    assert "W&B failed at start" in only_warning(caplog)
+    assert "CommError: service is down" in only_warning(caplog)
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    use_everything(open_offline(tmp_path / "file"))
+    assert "W&B failed at start" in only_warning(caplog)
+    assert "file" in only_warning(caplog)
+
+
+def test_online_without_a_login_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    use_everything(open_tracker("online", project="p", dir=str(tmp_path), config={}))
+    assert "W&B failed at start" in only_warning(caplog)
+    assert "wandb login" in only_warning(caplog)
+
+
+class _Breaks:
+    """A run that breaks at one call and counts what comes after."""
+
+    dir = "nowhere/files"
+    offline = True
+
+    def __init__(self, at: str) -> None:
+        self.at, self.calls = at, 0
+        self.config = self
+
+    def _call(self, name: str) -> None:
+        self.calls += 1
+        if name == self.at:
+            raise BrokenPipeError("connection lost")
+
+    def log(self, _: Any) -> None:
+        self._call("log")
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        self._call("define_metric")
+
+    def update(self, *_: Any, **__: Any) -> None:
+        self._call("update")
+
+    def finish(self) -> None:
+        self._call("finish")
+
+
+@pytest.mark.parametrize(
+    ("at", "named"),
+    [
+        ("log", "metrics of evaluate"),
+        ("define_metric", "curve search/c"),
+        ("update", "lineage of quantize"),
+        ("finish", "finish"),
+    ],
+)
+def test_a_run_that_breaks_in_the_middle_is_named_once_and_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str, named: str
+) -> None:
+    import wandb
+
+    run = _Breaks(at)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    tracker = open_offline(tmp_path)
+    use_everything(tracker)
+    calls = run.calls
+    use_everything(tracker)
+    assert run.calls == calls
+    assert f"W&B failed at {named}" in only_warning(caplog)
+    assert "BrokenPipeError: connection lost" in only_warning(caplog)
+
+
+def test_a_key_press_is_not_swallowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import wandb
+
+    def interrupt(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wandb, "init", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        open_offline(tmp_path)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_code_version_names_commit_and_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = tmp_path / "pmpd" / "tracking.py"
+    module.parent.mkdir()
+    module.write_text("# one\n")
+    monkeypatch.setattr(tracking, "__file__", str(module))
+    assert code_version() == __version__  # no checkout
+
+    git(tmp_path, "init")
+    (tmp_path / "other").write_text("x")
+    git(tmp_path, "add", "other")
+    git(tmp_path, "commit", "-m", "somebody else's checkout")
+    assert code_version() == __version__
+
+    git(tmp_path, "add", "pmpd")
+    git(tmp_path, "commit", "-m", "this code")
+    commit = subprocess.run(
+        ["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout
+    assert code_version() == f"{__version__}+g{commit[:12]}"
+    module.write_text("# two\n")
+    assert code_version() == f"{__version__}+g{commit[:12]}.dirty"
+
+
+def test_code_version_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert code_version() == __version__
