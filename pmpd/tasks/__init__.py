@@ -10,17 +10,15 @@ from pmpd.tasks.dialogsum import DialogSum
 from pmpd.tasks.hub import download, hub_commit
 from pmpd.tasks.iwslt import Iwslt
 from pmpd.tasks.mt_bench import MtBench
-from pmpd.tasks.source import DataError, DataSource, file_digest, locate, read_rows
+from pmpd.tasks.source import DataError, locate, read_rows
 from pmpd.tasks.texts import role_rows, seed_prompts, windows
 
 __all__ = [
     "TASKS",
     "DataError",
-    "DataSource",
     "Task",
     "build",
     "download",
-    "file_digest",
     "hub_commit",
     "locate",
     "read_rows",

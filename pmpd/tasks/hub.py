@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from datetime import date, datetime, time
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ PARQUET_REVISION = "refs/convert/parquet"
 _MARKER = ".gitattributes"  # in every repository of the hub, and small
 
 
+@cache
 def hub_commit(hub_path: str, revision: str) -> str:
     """The commit that ``revision`` means now; without a network, what it meant when last asked.
 
-    The answer is remembered in the local hub cache, so that a finished experiment can be read offline.
+    Asked once a process, so that every cell of a plan means the same commit. The answer is remembered in the
+    local hub cache too, so that a finished experiment can be read offline.
 
     Raises:
         DataError: no such data set or revision, or neither hub nor cache has an answer.

@@ -1,7 +1,7 @@
 """IWSLT 2017, French to English: translate one sentence of a talk.
 
-The paper keeps the sentences whose English has more than 60 tokens of Vicuna's tokenizer. Here the limit
-is in words, ``min_reference_words``, so that every model translates the same sentences.
+The reference code keeps the sentences whose English has more than 60 tokens of Vicuna's tokenizer. Here
+the limit is in words, ``min_reference_words``, so that every model translates the same sentences.
 """
 
 from __future__ import annotations

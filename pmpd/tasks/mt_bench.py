@@ -1,7 +1,7 @@
 """MT-Bench: 80 questions of eight categories, each with a follow-up question.
 
-There are no references: an answer is compared with what the same model answers at fp16 (the paper,
-section 5.1), which the evaluation supplies. Nothing of a question may be shortened.
+There are no references: as in the paper, an answer is compared with what the same model answers at
+fp16, which the evaluation supplies. Nothing of a question may be shortened.
 """
 
 from __future__ import annotations

@@ -11,12 +11,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from pmpd.artifacts import digest_files
 
 SAMPLES = "samples"
 """The root that stands for the texts shipped in the package."""
@@ -27,30 +24,6 @@ LAYOUT = "DIR/<dataset>/<split>.jsonl or .jsonl.gz"
 
 class DataError(ValueError):
     """Data that is missing, damaged or not what the task expects; the message says where and what to do."""
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where one split comes from: a file under ``root``, else the hub.
-
-    Attributes:
-        root: a folder in the layout above, ``"samples"``, or None for the hub.
-    """
-
-    dataset: str
-    split: str
-    hub_path: str
-    hub_config: str | None = None
-    hub_revision: str = "main"
-    root: Path | str | None = None
-
-    def locate(self) -> Path | None:
-        """The local file of this split, None if it is on the hub.
-
-        Raises:
-            DataError: there is a root, but not this split in it.
-        """
-        return locate(self.dataset, self.split, None if self.root is None else str(self.root))
 
 
 def samples_root() -> Path:
@@ -98,11 +71,6 @@ def _missing(dataset: str, split: str, root: str, folder: Path) -> str:
         message += f"; did you mean {dataset}/{near[0]}?" if dataset in sets else f"; did you mean {near[0]}?"
     present = "; ".join(f"{name}: {', '.join(splits)}" for name, splits in sets.items())
     return f"{message}\nIt has {present}"
-
-
-def file_digest(path: Path, cache_file: Path | None) -> str:
-    """sha256 over a data file's name and content, cached in ``cache_file`` by path, size and mtime."""
-    return digest_files([path], cache_file)
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ def windows(
 def seed_prompts(
     texts: Iterable[str], encode: Encode, count: int, *, max_tokens: int, seed: int, min_tokens: int = 32
 ) -> list[list[int]]:
-    """Beginnings of texts, each cut at a random length of ``min_tokens`` to ``max_tokens`` (the paper, section 4.3).
+    """Beginnings of texts, each cut at a random length of ``min_tokens`` to ``max_tokens``, as in the paper.
 
     A cut depends on the seed, the text's position and its length alone, so a larger ``count`` only adds prompts.
     Texts shorter than ``min_tokens`` are skipped.

@@ -33,7 +33,7 @@ def test_a_root_may_start_at_home(root: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_missing_split_lists_what_is_there_and_the_near_name(root: Path) -> None:
-    with pytest.raises(DataError, match="no dialogsum/tset.jsonl") as caught:
+    with pytest.raises(DataError, match=r"no dialogsum/tset\.jsonl") as caught:
         locate("dialogsum", "tset", str(root))
     assert "did you mean dialogsum/test?" in str(caught.value)
     assert "c4: validation; dialogsum: test, validation" in str(caught.value)
