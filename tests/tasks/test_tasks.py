@@ -202,3 +202,9 @@ def test_mt_bench_has_both_turns_a_category_and_nothing_to_shorten() -> None:
 def test_a_word_rule_without_references_is_refused() -> None:
     with pytest.raises(ValueError, match="mt_bench_prompts has no references"):
         samples("mt_bench_prompts", ROWS["mt_bench_prompts"], words=5)
+
+
+def test_with_several_references_the_shortest_counts() -> None:
+    rows = [dialogue("test_0_1", of="A", summary="one two three"), dialogue("test_0_2", of="A", summary="one")]
+    rows.append(dialogue("test_1_1", of="B", summary="one two three"))
+    assert [sample.id for sample in samples("dialogsum", rows, words=2)] == ["test_1"]
