@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,18 +65,18 @@ def test_every_precision_is_the_definition_and_packs_to_size(
         assert torch.equal(quantized.dequantize(bits, torch.float64), expected)
 
 
-@pytest.mark.parametrize("group_size", [None, 20])
+@pytest.mark.parametrize("group_size", [None, 30])
 def test_seed_error_is_within_a_percent_of_the_least(group_size: int | None) -> None:
     weight, sensitivity = random_weight(3, 50)
-    quantized = quantize_weight(weight, sensitivity, seed_bits=3, parent_bits=3, group_size=group_size)
-    squared = sensitivity.double() * (quantized.dequantize(3, torch.float64) - weight.double()) ** 2
+    quantized = quantize_weight(weight, sensitivity, seed_bits=2, parent_bits=3, group_size=group_size)
+    squared = sensitivity.double() * (quantized.dequantize(2, torch.float64) - weight.double()) ** 2
     for start in range(0, 50, group_size or 50):
         part = slice(start, start + (group_size or 50))
         for row in range(3):
             order = weight[row, part].argsort()
             values = weight[row, part][order].double().numpy()
             weights = sensitivity[row, part][order].double().numpy()
-            assert squared[row, part].sum().item() <= 1.01 * least_error(values, weights, 8)
+            assert squared[row, part].sum().item() <= 1.01 * least_error(values, weights, 4)
 
 
 def test_error_does_not_rise_with_another_bit() -> None:
@@ -87,7 +88,7 @@ def test_error_does_not_rise_with_another_bit() -> None:
     ]
     # A float16 centroid is off by at most 2**-11 of its value.
     rounding = (sensitivity * (weight.abs() * 2**-10) ** 2).sum(1).double()
-    for coarse, fine in zip(error, error[1:], strict=False):
+    for coarse, fine in pairwise(error):
         assert (fine <= coarse + rounding).all()
     assert error[-1].sum() < error[0].sum() / 500
 
