@@ -7,6 +7,7 @@ in the project, and it is loud. Knows nothing about stages beyond their names.
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -82,18 +83,22 @@ class WandbTracker:
         name: str | None,
         tags: Sequence[str],
     ) -> None:
+        # W&B would quietly move to a temporary folder if it could not write here.
+        folder = Path(dir).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        # Tables wait for their upload in the data folder, in the user's home unless told otherwise; no setting exists.
+        for variable, leaf in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
+            os.environ.setdefault(variable, str(folder / "wandb" / leaf))
         import wandb
 
-        # W&B would quietly move to a temporary folder if it could not write here.
-        Path(dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=dir):
-            pass
         self._wandb = wandb
         self._run = wandb.init(
             mode=mode,  # type: ignore[arg-type]
             project=project,
             entity=entity,
-            dir=dir,
+            dir=str(folder),
             config={**config, "code_version": code_version()},
             group=group,
             name=name,

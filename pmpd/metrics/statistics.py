@@ -2,8 +2,9 @@
 
 One resampling serves everything: ``resamples`` times, n units are drawn with replacement from n and their
 rows summed. Intervals are *expanded* percentile intervals (Hesterberg 2015, section 4.3): the tail
-probability is widened so that a mean over few units covers as a t interval would; plain percentiles of
-12 samples cover 91 % instead of 95 %. Knows numbers only, neither metrics nor texts.
+probability is widened so that a mean over few units covers as a t interval would; of 12
+normal samples plain percentiles cover 90 % and these 94 % (4000 simulations), where 95 % is asked for.
+Knows numbers only, neither metrics nor texts.
 """
 
 from __future__ import annotations
