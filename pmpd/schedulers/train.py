@@ -1,0 +1,148 @@
+"""Training the learned scheduler's network on labelled KV caches.
+
+Owns the split, the balancing and the report. Does not know where labels come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pmpd.schedulers.learned import LearnedNetwork
+
+Feature = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """How training went. The held-out part is never balanced, so its accuracy is that of the labels as they fall.
+
+    Attributes:
+        holdout_accuracy: of the network.
+        majority_accuracy: of always saying the training part's commonest class, on the same samples.
+        num_parameters: of the network.
+        holdout: indices of the held-out samples.
+        confusion: ``confusion[label][said]``, held-out samples.
+        label_counts: by class, all samples.
+        losses: mean cross-entropy in nats of each epoch over the balanced training part.
+    """
+
+    holdout_accuracy: float
+    majority_accuracy: float
+    num_train: int
+    num_holdout: int
+    num_parameters: int
+    holdout: tuple[int, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    label_counts: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+def train(
+    features: Sequence[Feature],
+    labels: Sequence[int],
+    num_classes: int,
+    *,
+    epochs: int,
+    learning_rate: float,
+    weight_decay: float,
+    dropout: float,
+    batch: int,
+    holdout: float,
+    seed: int,
+) -> tuple[LearnedNetwork, TrainReport]:
+    """Train on cross-entropy with AdamW; the same arguments give the same network.
+
+    Each epoch shows every class of the training part equally often: the samples of the rarer ones are repeated,
+    each as often as the next, give or take one.
+
+    Args:
+        features: keys and values, each ``[kv_heads, length, head_dim]`` of any float type and any length.
+        labels: a class for each, from 0 to ``num_classes - 1``.
+        holdout: fraction of samples kept from training, at least one sample, chosen by ``seed``.
+
+    Raises:
+        ValueError: fewer than 2 samples, as many labels as features not given, or a label out of range.
+    """
+    if len(features) != len(labels):
+        raise ValueError(f"{len(features)} features, {len(labels)} labels")
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} samples: at least 2, one to train on and one held out")
+    if bad := sorted({k for k in labels if not 0 <= k < num_classes}):
+        raise ValueError(f"labels {bad} are not among the {num_classes} classes 0 to {num_classes - 1}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(features), generator=generator).tolist()
+    num_holdout = min(max(1, round(holdout * len(features))), len(features) - 1)
+    held_out, training = sorted(order[:num_holdout]), sorted(order[num_holdout:])
+
+    kv_heads, _, head_dim = features[0][0].shape
+    with torch.random.fork_rng(devices=[]):  # initial weights and dropout draw from the global generator
+        torch.manual_seed(seed)
+        network = LearnedNetwork(kv_heads, head_dim, num_classes, dropout=dropout)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        losses = []
+        for _ in range(epochs):
+            network.train()
+            rows = balanced_order([labels[i] for i in training], generator)
+            total = 0.0
+            for start in range(0, len(rows), batch):
+                chosen = [training[r] for r in rows[start : start + batch]]
+                target = torch.tensor([labels[i] for i in chosen])
+                loss = functional.cross_entropy(network(*pad([features[i] for i in chosen])), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += float(loss.detach()) * len(chosen)
+            losses.append(total / len(rows))
+    network.eval()
+
+    counts = [[labels[i] for i in part].count(k) for part in (training, range(len(labels))) for k in range(num_classes)]
+    train_counts, all_counts = counts[:num_classes], counts[num_classes:]
+    majority = max(range(num_classes), key=lambda k: train_counts[k])
+    said = []
+    with torch.no_grad():
+        for i in held_out:
+            keys, values = features[i]
+            said.append(int(network(keys[None], values[None]).argmax()))
+    confusion = [[0] * num_classes for _ in range(num_classes)]
+    for i, k in zip(held_out, said, strict=True):
+        confusion[labels[i]][k] += 1
+    return network, TrainReport(
+        holdout_accuracy=sum(confusion[k][k] for k in range(num_classes)) / num_holdout,
+        majority_accuracy=sum(labels[i] == majority for i in held_out) / num_holdout,
+        num_train=len(training),
+        num_holdout=num_holdout,
+        num_parameters=network.num_parameters,
+        holdout=tuple(held_out),
+        confusion=tuple(map(tuple, confusion)),
+        label_counts=tuple(all_counts),
+        losses=tuple(losses),
+    )
+
+
+def balanced_order(labels: Sequence[int], generator: torch.Generator) -> list[int]:
+    """Indices into ``labels`` in random order, each class as often as the commonest one occurs."""
+    members = [[i for i, k in enumerate(labels) if k == c] for c in sorted(set(labels))]
+    size = max(map(len, members))
+    rows: list[int] = []
+    for own in members:
+        repeats = [torch.randperm(len(own), generator=generator) for _ in range(math.ceil(size / len(own)))]
+        rows += [own[i] for i in torch.cat(repeats)[:size].tolist()]
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+
+
+def pad(features: Sequence[Feature]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values, float32 ``[batch, kv_heads, longest, head_dim]`` with zeros at the end, and their mask."""
+    lengths = torch.tensor([keys.shape[1] for keys, _ in features])
+    longest = int(lengths.max())
+    heads, _, dim = features[0][0].shape
+    both = torch.zeros(2, len(features), heads, longest, dim)
+    for i, pair in enumerate(features):
+        for which, tensor in enumerate(pair):
+            both[which, i, :, : tensor.shape[1]] = tensor
+    return both[0], both[1], torch.arange(longest) < lengths[:, None]
