@@ -93,3 +93,17 @@ def test_another_layers_weight_is_refused() -> None:
     quantized = quantize_weight(torch.randn(6, 40), torch.ones(6, 40))
     with pytest.raises(ValueError, match=r"\[6, 40\].*\[40, 6\]"):
         NestedLinear(quantized, nn.Linear(6, 40), PrecisionCell())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_layer_moved_to_a_gpu_computes_there_what_the_cpu_does(x: torch.Tensor) -> None:
+    cell = PrecisionCell()
+    layer = make_layer(cell)
+    for bits in (2, 3, 4, 16):
+        cell.bits = bits
+        layer.cpu()
+        expected = layer(x)
+        result = layer.cuda()(x.cuda())
+        assert layer.weight_at(bits).device.type == "cuda"
+        torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=1e-4)
