@@ -136,7 +136,9 @@ class Planner:
             "trust_remote_code": config.model.trust_remote_code,
         }
         self.runtime = runtime
-        sensitivity = SENSITIVITY.node(SensitivityConfig(**runtime), model=self.model, texts=calibration)
+        # The gradients of float16 weights underflow.
+        differentiable = runtime | {"dtype": "bfloat16" if self.dtype == "float16" else self.dtype}
+        sensitivity = SENSITIVITY.node(SensitivityConfig(**differentiable), model=self.model, texts=calibration)
         self.nested = QUANTIZE.node(
             QuantizeConfig(
                 quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size, quantizer.solver.value
@@ -149,7 +151,6 @@ class Planner:
                 seed_bits=quantizer.seed_bits,
                 parent_bits=quantizer.parent_bits,
                 tolerance=budget.search_tolerance,
-                batch_size=budget.batch_size,
                 **runtime,
             ),
             model=self.model,

@@ -27,7 +27,7 @@ from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError
 from pmpd.config import Config, from_omegaconf
 from pmpd.stages import execute, read_summary
-from pmpd.tracking import Tracker, code_version, open_tracker
+from pmpd.tracking import Tracker, open_tracker
 
 log = logging.getLogger("pmpd.run")
 
@@ -55,7 +55,7 @@ def run_cell(config: Config, out: Path, job: str) -> None:
         project=config.tracking.project,
         entity=config.tracking.entity,
         dir=config.tracking.dir,
-        config=_plain(config) | {"code_version": code_version()},
+        config=_plain(config),
         group=config.run_name,
         name=f"{config.model.name}-{config.task.name}-{config.scheduler.name}-{job}",
         tags=[config.model.name, config.task.name, config.scheduler.name, config.budget.name],

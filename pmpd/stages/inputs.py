@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pmpd.artifacts import atomic, read_jsonl, write_jsonl
 from pmpd.models import Prompter, context_length, load_tokenizer, materialize, resolve
@@ -21,6 +21,8 @@ from pmpd.tasks import build, download, read_rows, role_rows, seed_prompts, wind
 SAMPLES_FILE = "samples.jsonl"
 WINDOWS_FILE = "windows.safetensors"
 ROWS_FILE = "rows.jsonl"
+PLAIN = "{user}{assistant}"
+"""The template of a model without a convention: seed prompts are plain text."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class DataConfig:
 
 def run_data(config: DataConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write a hub data set's rows as JSON lines."""
-    download(config.hub_path, config.hub_config, config.commit, config.split, config.max_rows, out / ROWS_FILE)
-    with (out / ROWS_FILE).open(encoding="utf-8") as stream:
-        write_summary(out, {"num_rows": sum(1 for _ in stream)})
+    num_rows = download(
+        config.hub_path, config.hub_config, config.commit, config.split, config.max_rows, out / ROWS_FILE
+    )
+    write_summary(out, {"num_rows": num_rows})
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def run_prompts(config: PromptsConfig, inputs: Mapping[str, Path], out: Path) ->
                     f"{config.max_new_tokens} the model's context leaves {room}. task.overlong=truncate cuts the "
                     "document's end (counted in the table); a smaller task.max_new_tokens leaves more room"
                 )
-            turns = prompter.shorten(turns, sample.document, room)
+            turns = list(prompter.shorten(turns, sample.document, room))
             ids = prompter.ids(turns[:1], [])
             num_shortened += 1
         record = sample_to_json(sample)
@@ -144,7 +147,7 @@ class SeedsConfig:
 def run_seeds(config: SeedsConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write the seed prompts as samples without references (the paper cuts 256 C4 texts, at 32 tokens or more)."""
     texts = role_rows(read_rows(data_file(inputs["data"]), ("text",)), "seeds")
-    prompter = Prompter(load_tokenizer(inputs["model"]), "")
+    prompter = Prompter(load_tokenizer(inputs["model"]), PLAIN)
     prompts = seed_prompts(texts, prompter.raw_ids, config.count, max_tokens=config.max_tokens, seed=config.seed)
     records = [
         {
@@ -184,8 +187,6 @@ def read_samples(path: Path) -> tuple[list[Sample], list[list[int]]]:
 
 def read_windows(path: Path) -> torch.Tensor:
     """The ``[count, tokens]`` windows of a ``texts`` artifact."""
-    from safetensors.torch import load_file
-
     return load_file(path / WINDOWS_FILE)["windows"]
 
 

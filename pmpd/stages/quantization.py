@@ -68,23 +68,23 @@ def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) 
         shard = out / _shard(block)
         if not shard.exists():
             tensors: dict[str, torch.Tensor] = {}
-            metadata: dict[str, str] = {}
             with safe_open(inputs["sensitivity"] / _shard(block), framework="pt") as sensitivity:
                 for name in names:
-                    nested = quantize_weight(
-                        weights[f"{name}.weight"].float(),
+                    tensors |= quantize_weight(
+                        weights.weight(name).float(),
                         sensitivity.get_tensor(name).float(),
                         seed_bits=config.seed_bits,
                         parent_bits=config.parent_bits,
                         group_size=config.group_size,
                         solver=config.solver,
-                    )
-                    tensors |= nested.to_tensors(name)
-                    metadata |= nested.metadata(name)
+                    ).to_tensors(name)
             with atomic(shard) as temporary:
-                save_file(tensors, temporary, metadata=metadata)
+                save_file(tensors, temporary)
         stored_bytes += shard.stat().st_size
-        num_weights += sum(weights.shape(f"{name}.weight").numel() for name in names)
+        with safe_open(shard, framework="pt") as stored:
+            for name in names:
+                columns = int(stored.get_tensor(f"{name}.layout")[0])
+                num_weights += stored.get_slice(f"{name}.planes").get_shape()[1] * columns
     write_summary(
         out,
         {

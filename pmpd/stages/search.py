@@ -18,6 +18,9 @@ from pmpd.stages.base import Stage, write_summary
 from pmpd.stages.inputs import read_windows
 from pmpd.stages.runtime import RuntimeConfig, load, progress
 
+LOGIT_TOKENS = 2048
+"""Positions a forward: logits of a large vocabulary are what fills memory here."""
+
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -29,7 +32,6 @@ class SearchConfig:
     dtype: str
     device: str
     trust_remote_code: bool
-    batch_size: int
 
 
 def lowest_lossless(curve: Mapping[int, float], tolerance: float) -> int | None:
@@ -83,17 +85,18 @@ def run_search(config: SearchConfig, inputs: Mapping[str, Path], out: Path) -> N
     model, cell = load(inputs["model"], inputs["nested"], runtime)
     assert cell is not None
     half = windows.shape[1] // 2
+    batch = max(1, LOGIT_TOKENS // windows.shape[1])
     nested = list(range(config.parent_bits, config.seed_bits - 1, -1))
 
     curve: dict[int, float] = {}
     for bits in progress([FP16_BITS, *nested], "perplexity"):
-        total, count = window_nll(model, cell, windows, bits, batch_size=config.batch_size)
+        total, count = window_nll(model, cell, windows, bits, batch_size=batch)
         curve[bits] = perplexity(total, count)
         cell.drop(bits)
 
     def pair_perplexity(prefill_bits: int, decode_bits: int) -> float:
         total, count = two_phase_nll(
-            model, cell, windows, half, prefill_bits, decode_bits, batch_size=config.batch_size
+            model, cell, windows, half, prefill_bits, decode_bits, batch_size=batch
         )
         return perplexity(total, count)
 

@@ -1,0 +1,91 @@
+"""Every configuration file composes into a typed cell; a typo or a wrong choice is refused by name."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException
+
+from pipelines.schema import register
+from pmpd.config import ConfigError, from_omegaconf
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def choices(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def hydra_context():
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def cell(*overrides: str):
+    return from_omegaconf(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("task", choices("task"))
+def test_every_model_and_task_compose(model, task):
+    overrides = [f"model={model}", f"task={task}", "scheduler=high"]
+    if model == "hf":
+        overrides.append("model.path=anything")
+    config = cell(*overrides)
+    assert (config.model.name, config.task.name) == (model, task)
+
+
+@pytest.mark.parametrize("group", ["scheduler", "quantizer", "budget", "hardware", "tracking", "data"])
+def test_every_choice_composes(group):
+    assert choices(group)
+    for choice in choices(group):
+        chosen = getattr(cell(f"{group}={choice}"), group)
+        says = {"tracking": lambda: chosen.mode.value, "data": lambda: chosen.root or "hub"}
+        assert says.get(group, lambda: chosen.name)() == choice
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_experiment_composes(experiment):
+    assert cell(f"experiment={experiment}").run_name
+
+
+def test_the_embedded_model_brings_samples_and_the_quick_budget():
+    config = cell()
+    assert (config.model.name, config.data.root, config.budget.name) == ("smollm2", "samples", "quick")
+
+
+def test_another_model_gets_the_paper_from_the_hub():
+    config = cell("model=vicuna7b", "task=cnndm", "scheduler=learned")
+    assert (config.data.root, config.budget.name) == (None, "paper")
+    assert (config.model.high_bits, config.model.low_bits) == (3, 2)
+    assert (config.budget.calibration_windows, config.budget.seed_prompts, config.budget.seed_new_tokens) == (100, 256, 256)
+
+
+def test_what_is_asked_for_wins_over_what_the_model_brings():
+    config = cell("model=smollm2", "budget=tiny", "data.root=somewhere")
+    assert (config.budget.name, config.data.root) == ("tiny", "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.hihg_bits=3", "hihg_bits"),
+        ("scheduler=sttaic", "static"),
+        ("budget.batch_size=many", "batch_size"),
+        ("task.metrics=[rogue]", "rouge_l"),
+        ("nonsense=1", "nonsense"),
+    ],
+)
+def test_typos_and_unknown_choices_are_refused_by_name(override, said):
+    with pytest.raises((HydraException, MissingConfigException)) as caught:
+        compose("config", overrides=[override])
+    message = "".join(str(e) for e in (caught.value, caught.value.__cause__))
+    assert said in message
+
+
+def test_impossible_combinations_are_refused():
+    with pytest.raises(ConfigError, match="one split only"):
+        cell("task=mtbench", "scheduler=static")
+    cell("task=mtbench", "scheduler=static", "scheduler.switch_step=32")

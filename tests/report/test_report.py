@@ -1,0 +1,80 @@
+"""Tables, frame and figures from records made by hand."""
+
+import pandas as pd
+import pytest
+
+from pmpd.report import (
+    COLUMNS,
+    CellRecord,
+    draw_perplexity,
+    draw_quality,
+    draw_switch_steps,
+    markdown_table,
+    summary_table,
+    tidy,
+)
+
+
+def row(quantity, value, unit="u"):
+    return {
+        "quantity": quantity,
+        "unit": unit,
+        "value": value,
+        "ci_low": value - 1,
+        "ci_high": value + 1,
+        "n": 8,
+        "key": "k" * 16,
+    }
+
+
+def record(scheduler="static", bits=3.5, value=20.0):
+    return CellRecord(
+        "m",
+        "cnndm",
+        scheduler,
+        4,
+        (4, 3),
+        ("rouge_l",),
+        [row("rouge_l", value), row("rouge_l minus high", -0.5), row("agreement", 30.0), row("average_bits", bits)],
+        switch_curve=[{"switch_steps": [s], **row("rouge_l", 20.0 + s)} for s in (0, 20, 40)],
+        perplexity_curve=[{"bits": b, "perplexity": p} for b, p in ((2, 90.0), (3, 40.0), (4, 31.0), (16, 30.0))],
+    )
+
+
+def test_tidy_has_the_promised_columns_and_a_row_a_number(tmp_path):
+    frame = tidy([record(), record("high", 4.0)])
+    assert tuple(frame.columns) == COLUMNS
+    assert len(frame) == 8
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    again = pd.read_csv(tmp_path / "r.csv")
+    static = again[(again.scheduler == "static") & (again.metric == "rouge_l")].iloc[0]
+    assert (static.high_bits, static.low_bits, static.average_bits, static.value, static.n) == (4, 3, 3.5, 20.0, 8)
+
+
+def test_markdown_is_aligned():
+    lines = markdown_table(["a", "long header"], [["1", "x"], ["22", "yy"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_summary_shows_value_interval_and_difference():
+    table = summary_table([record()])
+    assert "20.0 [19.0, 21.0]" in table
+    assert "-0.5 [-1.5, +0.5]" in table
+    assert "3.50" in table
+
+
+def test_a_quantity_that_was_not_measured_is_a_dash_not_a_zero():
+    assert summary_table([record()]).splitlines()[-1].count(" - ") >= 2
+
+
+@pytest.mark.parametrize("name", ["quality", "perplexity", "switch"])
+def test_figures_are_written_as_png_and_pdf(tmp_path, name):
+    path = tmp_path / f"{name}.png"
+    if name == "quality":
+        draw_quality([record(), record("fp16", 16.0), record("low", 3.0, 6.0)], path)
+    elif name == "perplexity":
+        draw_perplexity(record().perplexity_curve, 0.05, "m", path)
+    else:
+        draw_switch_steps(record(), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
