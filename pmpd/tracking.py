@@ -94,6 +94,7 @@ class WandbTracker:
         import wandb
 
         self._wandb = wandb
+        wandb.setup(settings=wandb.Settings(silent=True))  # the log-in speaks before a run's settings hold
         self._run = wandb.init(
             mode=mode,  # type: ignore[arg-type]
             project=project,
@@ -108,7 +109,7 @@ class WandbTracker:
         self._lineage: dict[str, dict[str, Any]] = {}
         if mode == "online" and self._run.offline:
             log.warning("W&B has no login, so this run is offline: %s", self._run.dir)
-        log.info("W&B %s run in %s", mode, Path(self._run.dir).parent)
+        log.info("W&B %s run in %s; `wandb sync` uploads what is not there yet", mode, Path(self._run.dir).parent)
 
     def metrics(self, stage: str, values: Mapping[str, Value]) -> None:
         self._run.log({f"{stage}/{name}": value for name, value in values.items()})
