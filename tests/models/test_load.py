@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
 
-from pmpd.models import ModelError, architecture, context_length, load_model, load_tokenizer, read_config
+from pmpd.models import ModelError, Prompter, architecture, context_length, load_model, load_tokenizer, read_config
 from pmpd.records import Architecture
 from tests.tiny import CONTEXT, FAMILIES, HIDDEN, INTERMEDIATE, VOCAB_SIZE, tiny_model_dir
 
@@ -164,3 +165,31 @@ def test_the_context_falls_back_to_the_tokenizer_and_then_stops(
     values = json.loads((model_dir / "tokenizer_config.json").read_text())
     (model_dir / "tokenizer_config.json").write_text(json.dumps({**values, "model_max_length": 777}))
     assert context_length(model_dir) == 777
+
+
+def test_a_sentencepiece_tokenizer_is_read(model_dir: Path) -> None:
+    """Vicuna and MobileLLaMA come with ``tokenizer.model`` alone."""
+    library = pytest.importorskip("sentencepiece", reason="needs: pip install sentencepiece")
+    stored = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(["The quick brown fox jumps over the lazy dog."] * 20),
+        model_writer=stored,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (model_dir / name).unlink()
+    (model_dir / "tokenizer.model").write_bytes(stored.getvalue())
+    (model_dir / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+        )
+    )
+    tokenizer = load_tokenizer(model_dir)
+    text = "The lazy fox: déjà vu"
+    expected = library.SentencePieceProcessor(model_proto=stored.getvalue()).encode(text)
+    assert tokenizer(text, add_special_tokens=False).input_ids == expected
+    assert Prompter(tokenizer, "{user}{assistant}").ids([text]) == [tokenizer.bos_token_id, *expected]
