@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+from torch import Tensor, nn
+
+from pmpd.decode import complete, stream
+from pmpd.records import Prefill, Schedule
+from pmpd.schedulers import Fixed, Planned, Policy
+from tests.decode.plain import RoundingCell, make_prompts, plain_decode
+
+Quantised = tuple[nn.Module, RoundingCell]
+PROMPTS = make_prompts(5, 17, 9, 5, 21)
+M = 12
+
+
+class ByLength:
+    """A plan for long prompts, none for short ones."""
+
+    prefill_bits = 4
+
+    def __init__(self, plans: dict[int, Schedule | list[int]]) -> None:
+        self.plans = plans
+
+    def begin(self, prefill: Prefill) -> Policy:
+        plan = self.plans[prefill.keys.shape[1]]
+        return Planned(plan) if isinstance(plan, Schedule) else Listed(plan)
+
+
+class Listed:
+    schedule = None
+
+    def __init__(self, bits: list[int]) -> None:
+        self.chosen = bits
+
+    def bits(self, step: int, logits: Tensor | None) -> int:
+        assert logits is not None
+        assert len(logits) == 1
+        return self.chosen[step - 1]
+
+
+def test_every_prompt_follows_its_own_plan(quantised: Quantised) -> None:
+    late, early = Schedule(4, (4, 3), (7,)), Schedule(4, (4, 2), (2,))
+    plans: dict[int, Schedule | list[int]] = {5: late, 17: early, 9: Schedule(4, (3,)), 21: late}
+    eos = [plain_decode(*quantised, PROMPTS[4], late, M)[4]]
+    done = complete(*quantised, PROMPTS, ByLength(plans), max_new_tokens=M, eos_ids=eos)
+    assert done == [(plans[len(p)], plain_decode(*quantised, p, plans[len(p)], M, eos)) for p in PROMPTS]
+
+
+def test_a_policy_without_a_plan_is_followed_and_becomes_a_schedule(quantised: Quantised) -> None:
+    plan = Schedule(4, (4, 2), (2,))
+    plans: dict[int, Schedule | list[int]] = {5: [4] * 3 + [3] * 8, 17: plan, 9: [4] * 11, 21: plan}
+    done = complete(*quantised, PROMPTS, ByLength(plans), max_new_tokens=M, eos_ids=[])
+    expected = {5: Schedule(4, (4, 3), (3,)), 17: plan, 9: Schedule.uniform(4), 21: plan}
+    assert done == [(expected[len(p)], plain_decode(*quantised, p, expected[len(p)], M)) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("bits", [[3, 4] + [4] * 9, [4, 3, 4] + [3] * 8])
+def test_a_policy_that_raises_the_precision_is_refused(quantised: Quantised, bits: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"strictly falling|must not raise"):
+        complete(*quantised, PROMPTS[:1], ByLength({5: bits}), max_new_tokens=M, eos_ids=[])
+
+
+def test_a_stream_yields_token_by_token(quantised: Quantised) -> None:
+    schedule = Schedule(4, (4, 3), (5,))
+    expected = plain_decode(*quantised, PROMPTS[1], schedule, M)
+    eos = [expected[7]]
+    steps = list(stream(*quantised, PROMPTS[1], Fixed(schedule), max_new_tokens=M, eos_ids=eos))
+    assert [int(step.tokens) for step in steps] == plain_decode(*quantised, PROMPTS[1], schedule, M, eos)
+    assert [step.bits for step in steps] == [4, *schedule.bits_of(len(steps))]

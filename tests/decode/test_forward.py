@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from pmpd.decode import two_phase_nll, window_nll
+from tests.decode.plain import RoundingCell, make_prompts
+
+Quantised = tuple[nn.Module, RoundingCell]
+WINDOWS = torch.tensor(make_prompts(24, 24, 24, 24, 24))
+
+
+def nll(logits: Tensor, target: int) -> float:
+    return -float(logits.double().log_softmax(-1)[target])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_whole_windows_score_every_token_but_the_first(quantised: Quantised, batch_size: int) -> None:
+    model, cell = quantised
+    cell.bits = 3
+    expected = sum(
+        nll(model(window[None, :t]).logits[0, -1], int(window[t])) for window in WINDOWS for t in range(1, 24)
+    )
+    cell.bits = 16
+    total, count = window_nll(model, cell, WINDOWS, 3, batch_size=batch_size)
+    assert count == 5 * 23
+    assert total == pytest.approx(expected, rel=1e-6)
+    assert window_nll(model, cell, WINDOWS, 16)[0] != pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("split", [1, 10, 22])
+def test_two_phases_equal_step_by_step_decoding(quantised: Quantised, split: int, batch_size: int) -> None:
+    model, cell = quantised
+    expected = 0.0
+    for window in WINDOWS:
+        cache = DynamicCache(config=model.config)
+        cell.bits = 4
+        model(window[None, :split], past_key_values=cache)
+        cell.bits = 2
+        for t in range(split, 23):
+            logits = model(window[None, t : t + 1], past_key_values=cache).logits[0, -1]
+            expected += nll(logits, int(window[t + 1]))
+    total, count = two_phase_nll(model, cell, WINDOWS, split, 4, 2, batch_size=batch_size)
+    assert count == 5 * (23 - split)
+    assert total == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("split", [0, 23, 24])
+def test_a_split_without_two_phases_is_refused(quantised: Quantised, split: int) -> None:
+    with pytest.raises(ValueError, match=rf"split={split}: 1 to 22"):
+        two_phase_nll(*quantised, WINDOWS, split, 4, 2)
+
+
+def test_windows_without_a_token_to_score_are_refused(quantised: Quantised) -> None:
+    with pytest.raises(ValueError, match="windows of 1 tokens"):
+        window_nll(*quantised, WINDOWS[:, :1], 4)
