@@ -25,8 +25,8 @@ from pmpd.config import (
 )
 from pmpd.models import digest, folder, needs_conversion, resolve
 from pmpd.records import FP16_BITS, Schedule, class_schedules, schedule_family
+from pmpd.stages import RuntimeConfig, read_summary
 from pmpd.stages import inputs as inputs_
-from pmpd.stages import read_summary
 from pmpd.stages.evaluate import EVALUATE, EvaluateConfig
 from pmpd.stages.fit_static import FIT_STATIC, FitStaticConfig
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
@@ -87,7 +87,9 @@ class Cell:
         """In the order in which they are built: cheap checks of the inputs first."""
         wanted = [self.search, self.evaluation, self.estimate, self.latency]
         nodes = {n.key: n for target in wanted for n in target.ancestors()}
-        first = [n for n in nodes.values() if n.stage in (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)]
+        first = [
+            n for n in nodes.values() if n.stage in (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)
+        ]
         return [*first, *wanted]
 
 
@@ -105,8 +107,6 @@ class Planner:
     def __init__(self, config: Config, store: Store) -> None:
         self.config = config
         self.store = store
-        self.device = device_type(config)
-        self.dtype = config.model.dtype.value
         self.max_new_tokens = max_new_tokens(config)
         self.source = resolve(config.model.path, config.model.revision)
         self.model = self._model()
@@ -130,19 +130,16 @@ class Planner:
             model=self.model,
             data=self.texts_data,
         )
-        runtime = {
-            "dtype": self.dtype,
-            "device": self.device,
-            "trust_remote_code": config.model.trust_remote_code,
-        }
-        self.runtime = runtime
+        self.runtime = RuntimeConfig(config.model.dtype.value, device_type(config), config.model.trust_remote_code)
         # The gradients of float16 weights underflow.
-        differentiable = runtime | {"dtype": "bfloat16" if self.dtype == "float16" else self.dtype}
-        sensitivity = SENSITIVITY.node(SensitivityConfig(**differentiable), model=self.model, texts=calibration)
+        differentiable = "bfloat16" if self.runtime.dtype == "float16" else self.runtime.dtype
+        sensitivity = SENSITIVITY.node(
+            SensitivityConfig(dataclasses.replace(self.runtime, dtype=differentiable)),
+            model=self.model,
+            texts=calibration,
+        )
         self.nested = QUANTIZE.node(
-            QuantizeConfig(
-                quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size, quantizer.solver.value
-            ),
+            QuantizeConfig(quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size, quantizer.solver.value),
             model=self.model,
             sensitivity=sensitivity,
         )
@@ -151,7 +148,7 @@ class Planner:
                 seed_bits=quantizer.seed_bits,
                 parent_bits=quantizer.parent_bits,
                 tolerance=budget.search_tolerance,
-                **runtime,
+                runtime=self.runtime,
             ),
             model=self.model,
             nested=self.nested,
@@ -268,7 +265,7 @@ class Planner:
                 bits=sorted({FP16_BITS, *precisions.levels}, reverse=True),
                 num_tokens=budget.timing_tokens,
                 context_tokens=budget.timing_context_tokens,
-                **self.runtime,
+                runtime=self.runtime,
             ),
             model=self.model,
             nested=self.nested,
@@ -288,9 +285,7 @@ class Planner:
             training,
         )
 
-    def _learned(
-        self, precisions: Precisions, prefill: int, prompts: Node, rollouts: Input
-    ) -> tuple[Node, Node]:
+    def _learned(self, precisions: Precisions, prefill: int, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
         config, budget = self.config, self.config.budget
         scheduler = config.scheduler
         seeds = SEEDS.node(
@@ -299,7 +294,7 @@ class Planner:
             data=self.texts_data,
         )
         features = FEATURES.node(
-            FeaturesConfig(prefill, budget.batch_size, **self.runtime),
+            FeaturesConfig(prefill, budget.batch_size, self.runtime),
             model=self.model,
             nested=self.nested,
             prompts=seeds,
@@ -329,7 +324,7 @@ class Planner:
                 max_new_tokens=self.max_new_tokens,
                 template=config.model.prompt,
                 batch_size=budget.batch_size,
-                **self.runtime,
+                runtime=self.runtime,
             ),
             model=self.model,
             nested=self.nested,
@@ -339,9 +334,7 @@ class Planner:
         )
         return training, decisions
 
-    def _rollouts(
-        self, prompts: Node, pmpd: list[Schedule], precisions: Precisions, tokens: int
-    ) -> dict[str, Input]:
+    def _rollouts(self, prompts: Node, pmpd: list[Schedule], precisions: Precisions, tokens: int) -> dict[str, Input]:
         """fp16 and the candidates (with uniform high, which most often is one of them), an artifact each."""
         canonical = dict.fromkeys(s.canonical(tokens) for s in pmpd)
         candidates = list(canonical | {Schedule.uniform(precisions.high): None})
@@ -359,7 +352,7 @@ class Planner:
                 max_new_tokens=tokens,
                 template=self.config.model.prompt,
                 batch_size=self.config.budget.batch_size,
-                **self.runtime,
+                runtime=self.runtime,
             ),
             model=self.model,
             prompts=prompts,
@@ -380,12 +373,16 @@ class Planner:
                 truncate=task.overlong is Overlong.truncate,
             ),
             model=self.model,
-            data=self._data(config.data.root, task.dataset, split, task.hub_path, task.hub_config, task.hub_revision, None),
+            data=self._data(
+                config.data.root, task.dataset, split, task.hub_path, task.hub_config, task.hub_revision, None
+            ),
         )
 
     def _model(self) -> Input:
         source = self.source
         key = digest(source, self.store.root / "digests.json")
+        if source.kind == "gguf":
+            return WEIGHTS.node(inputs_.WeightsConfig(), source=Root(source.path, key, lambda: source.files[0]))
         if needs_conversion(source):
             return WEIGHTS.node(inputs_.WeightsConfig(), source=Root(source.path, key, lambda: folder(source)))
         return Root(source.path, key, lambda: folder(source))

@@ -54,11 +54,9 @@ def grid_of(overrides: Sequence[str]) -> list[list[str]]:
     base = compose("config", overrides=plain, return_hydra_config=True)
     params = dict(base.hydra.sweeper.params or {})
     named = {o.get_key_element() for o in parsed}
-    for override in OverridesParser.create().parse_overrides(
-        [f"{k}={v}" for k, v in params.items() if k not in named]
-    ):
+    for override in OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items() if k not in named]):
         key = override.get_key_element()
-        swept[key] = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+        swept[key] = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
     axes = [[f"{key}={value}" for value in values] for key, values in swept.items()]
     return [[*plain, *choice] for choice in itertools.product(*axes)]
 

@@ -1,8 +1,8 @@
 """Run one cell, or with -m a sweep: plan it, check it, build what is missing, and end in a table.
 
-    python pipelines/run.py                              the embedded model on shipped news
-    python pipelines/run.py experiment=quickstart        five schedulers, a table and a figure
-    python pipelines/run.py model=vicuna7b task=cnndm scheduler=learned
+python pipelines/run.py                              the embedded model on shipped news
+python pipelines/run.py experiment=quickstart        five schedulers, a table and a figure
+python pipelines/run.py model=vicuna7b task=cnndm scheduler=learned
 """
 
 from __future__ import annotations
@@ -48,8 +48,13 @@ def run_cell(config: Config, out: Path, job: str) -> None:
     check_disk(planner)
     kinds = [*(kind for kind in BASELINES if kind is not config.scheduler.kind), config.scheduler.kind]
     cells = cells_of(planner, kinds)
-    log.info("plan for %s, %s, %s\n%s\n", config.model.name, config.task.name, config.scheduler.name,
-             describe(planner, cells))
+    log.info(
+        "plan for %s, %s, %s\n%s\n",
+        config.model.name,
+        config.task.name,
+        config.scheduler.name,
+        describe(planner, cells),
+    )
     tracker = open_tracker(
         config.tracking.mode.value,
         project=config.tracking.project,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Optional  # noqa: UP035
+from typing import Any, Optional
 
 from omegaconf import MISSING, OmegaConf
 
 from pmpd.records import FP16_BITS, switch_grid
+
 
 class DType(Enum):
     float32 = "float32"
@@ -317,6 +318,8 @@ def check(config: Config) -> None:
         "hardware.num_macs": hardware.num_macs,
         "hardware.clock_hz": hardware.clock_hz,
         "hardware.bandwidth_bytes_s": hardware.bandwidth_bytes_s,
+        "hardware.kv_bits": hardware.kv_bits,
+        "hardware.head_bits": hardware.head_bits,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:

@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_and_the_next_run_resumes(tmp_path, monkeypatch, whe
     with monkeypatch.context() as patch:
         if where == "publish":
             patch.setattr("pmpd.artifacts._fsync", full)
-        with pytest.raises(StoreError, match="disk .* is full .* run the same command again"):
+        with pytest.raises(StoreError, match=r"disk .* is full .* run the same command again"):
             store.materialize(node(), full if where == "stage" else lambda n, i, out: (out / "f").write_text("x"))
     assert store.status(node()) == "resumes"
     assert store.materialize(node(), write).exists()
@@ -141,9 +141,14 @@ def test_a_full_disk_is_said_and_the_next_run_resumes(tmp_path, monkeypatch, whe
 def test_atomic_leaves_the_old_file_when_the_writer_fails(tmp_path):
     path = tmp_path / "f.json"
     write_json(path, 1)
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fail()
     assert json.loads(path.read_text()) == 1
     assert list(tmp_path.iterdir()) == [path]
 

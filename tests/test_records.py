@@ -72,9 +72,7 @@ def test_impossible_schedules_are_refused(levels, steps):
 
 
 schedules = st.builds(
-    lambda levels, raw: Schedule(
-        4, tuple(sorted(levels, reverse=True)), tuple(sorted(raw[: len(levels) - 1]))
-    ),
+    lambda levels, raw: Schedule(4, tuple(sorted(levels, reverse=True)), tuple(sorted(raw[: len(levels) - 1]))),
     st.sets(st.integers(2, 8), min_size=1, max_size=4),
     st.lists(st.integers(0, 12), min_size=3, max_size=3),
 )

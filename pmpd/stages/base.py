@@ -12,11 +12,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from pmpd.artifacts import Input, Node, read_json, write_json
 
 ConfigT = TypeVar("ConfigT")
 
 SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """What of the machine can change a token, so it is part of the key."""
+
+    dtype: str
+    device: str
+    trust_remote_code: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,10 @@ class Stage(Generic[ConfigT]):
 
     def execute(self, values: Mapping[str, Any], inputs: Mapping[str, Path], out: Path) -> None:
         """Run from a node's plain values."""
-        self.run(self.config_type(**values), inputs, out)
+        fields = dict(values)
+        if "runtime" in fields:
+            fields["runtime"] = RuntimeConfig(**fields["runtime"])
+        self.run(self.config_type(**fields), inputs, out)
 
 
 def write_summary(

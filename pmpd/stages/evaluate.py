@@ -91,7 +91,8 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
         for row, value in zip(per_sample, scored["own"].each(), strict=True):
             row[metric] = float(value)
     agree = {
-        who: score_turns("rouge_l", answers, agreement, config.encoder) for who, answers in (("own", own), ("high", high))
+        who: score_turns("rouge_l", answers, agreement, config.encoder)
+        for who, answers in (("own", own), ("high", high))
     }
     compare("agreement", "ROUGE-L F x 100 with the model's own fp16 output", agree["own"], {"high": agree["high"]})
     for row, value in zip(per_sample, agree["own"].each(), strict=True):

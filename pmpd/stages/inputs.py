@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pmpd.artifacts import atomic, read_jsonl, write_jsonl
-from pmpd.models import Prompter, context_length, load_tokenizer, materialize, resolve
+from pmpd.models import context_length, load_tokenizer, materialize, resolve
 from pmpd.records import Sample
 from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.runtime import load_prompter
 from pmpd.tasks import build, download, read_rows, role_rows, seed_prompts, windows
 
 SAMPLES_FILE = "samples.jsonl"
@@ -85,7 +86,7 @@ def run_prompts(config: PromptsConfig, inputs: Mapping[str, Path], out: Path) ->
         min_reference_words=config.min_reference_words,
         split=config.split,
     )
-    prompter = Prompter(load_tokenizer(inputs["model"]), config.template)
+    prompter = load_prompter(inputs["model"], config.template)
     room = context_length(inputs["model"]) - config.max_new_tokens
     records, num_shortened = [], 0
     for sample in samples:
@@ -147,7 +148,7 @@ class SeedsConfig:
 def run_seeds(config: SeedsConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write the seed prompts as samples without references (the paper cuts 256 C4 texts, at 32 tokens or more)."""
     texts = role_rows(read_rows(data_file(inputs["data"]), ("text",)), "seeds")
-    prompter = Prompter(load_tokenizer(inputs["model"]), PLAIN)
+    prompter = load_prompter(inputs["model"], PLAIN)
     prompts = seed_prompts(texts, prompter.raw_ids, config.count, max_tokens=config.max_tokens, seed=config.seed)
     records = [
         {

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pmpd.artifacts import atomic, read_jsonl, write_jsonl
 from pmpd.decode import complete, prefill
 from pmpd.metrics import rouge_l
-from pmpd.models import Prompter, load_tokenizer
 from pmpd.records import Completion, Generation, Schedule, class_schedules
 from pmpd.schedulers import Learned, label, load_network, save_network, train
-from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.base import RuntimeConfig, Stage, write_summary
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import by_length, generation, read_rollouts
-from pmpd.stages.runtime import RuntimeConfig, load, progress
+from pmpd.stages.runtime import load, load_prompter, progress
 
 NETWORK_FILE = "scheduler.safetensors"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -30,19 +30,13 @@ class FeaturesConfig:
 
     prefill_bits: int
     batch_size: int
-    dtype: str
-    device: str
-    trust_remote_code: bool
+    runtime: RuntimeConfig
 
 
 def run_features(config: FeaturesConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write ``<id>.keys`` and ``<id>.values``, ``[kv_heads, length, head_dim]``, a file a batch."""
     samples, prompts = read_samples(inputs["prompts"])
-    model, cell = load(
-        inputs["model"],
-        inputs["nested"],
-        RuntimeConfig(config.dtype, config.device, config.trust_remote_code),
-    )
+    model, cell = load(inputs["model"], inputs["nested"], config.runtime)
     batches = by_length(prompts, config.batch_size)
     for k, rows in enumerate(progress(batches, "features", len(batches))):
         part = out / f"batch_{k:05d}.safetensors"
@@ -86,7 +80,7 @@ def run_train_learned(config: TrainLearnedConfig, inputs: Mapping[str, Path], ou
     """
     samples, _ = read_samples(inputs["prompts"])
     table = read_rollouts(*(path for name, path in inputs.items() if name.startswith("rollouts")))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for part in sorted(inputs["features"].glob("batch_*.safetensors")):
         tensors |= load_file(part)
     classes = class_schedules(config.prefill_bits, config.levels, config.max_new_tokens)
@@ -96,9 +90,7 @@ def run_train_learned(config: TrainLearnedConfig, inputs: Mapping[str, Path], ou
         return rouge_l(completion.generations[0].text, [fp16[completion.sample_id].generations[0].text])
 
     labels = [
-        label(
-            [agreement(table[c.canonical(config.max_new_tokens)][s.id]) for c in classes], agreement(high[s.id])
-        )
+        label([agreement(table[c.canonical(config.max_new_tokens)][s.id]) for c in classes], agreement(high[s.id]))
         for s in samples
     ]
     network, report = train(
@@ -149,9 +141,7 @@ class DecideConfig:
     max_new_tokens: int
     template: str
     batch_size: int
-    dtype: str
-    device: str
-    trust_remote_code: bool
+    runtime: RuntimeConfig
 
 
 def run_decide(config: DecideConfig, inputs: Mapping[str, Path], out: Path) -> None:
@@ -164,12 +154,8 @@ def run_decide(config: DecideConfig, inputs: Mapping[str, Path], out: Path) -> N
     table = read_rollouts(inputs["rollouts"])
     classes = class_schedules(config.prefill_bits, config.levels, config.max_new_tokens)
     scheduler = Learned(load_network(inputs["scheduler"] / NETWORK_FILE), config.prefill_bits, classes)
-    prompter = Prompter(load_tokenizer(inputs["model"]), config.template)
-    model, cell = load(
-        inputs["model"],
-        inputs["nested"],
-        RuntimeConfig(config.dtype, config.device, config.trust_remote_code),
-    )
+    prompter = load_prompter(inputs["model"], config.template)
+    model, cell = load(inputs["model"], inputs["nested"], config.runtime)
     answers: list[list[Generation]] = [[] for _ in samples]
     batches = by_length(prompts, config.batch_size)
     for rows in progress(batches, "decide", len(batches)):

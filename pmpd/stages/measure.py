@@ -22,10 +22,10 @@ from pmpd.hardware import NPU, generation_time_s, time_steps
 from pmpd.models import architecture
 from pmpd.records import FP16_BITS, Schedule, Step
 from pmpd.schedulers import Fixed
-from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.base import RuntimeConfig, Stage, write_summary
 from pmpd.stages.evaluate import RESULTS_FILE, read_completions, result
 from pmpd.stages.inputs import read_windows
-from pmpd.stages.runtime import RuntimeConfig, load, progress
+from pmpd.stages.runtime import load, progress
 from pmpd.stages.scoring import mean_scores
 
 
@@ -90,15 +90,12 @@ class LatencyConfig:
     bits: list[int]
     num_tokens: int
     context_tokens: int
-    dtype: str
-    device: str
-    trust_remote_code: bool
+    runtime: RuntimeConfig
 
 
 def run_latency(config: LatencyConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Median milliseconds of a decode step at each precision, with the device and the kind of kernel named."""
-    runtime = RuntimeConfig(config.dtype, config.device, config.trust_remote_code)
-    model, cell = load(inputs["model"], inputs["nested"], runtime)
+    model, cell = load(inputs["model"], inputs["nested"], config.runtime)
     prompt = read_windows(inputs["texts"]).flatten()[: config.context_tokens].tolist()
     rows = []
     for bits in progress(config.bits, "latency"):
@@ -119,7 +116,7 @@ def run_latency(config: LatencyConfig, inputs: Mapping[str, Path], out: Path) ->
                 "context_tokens": len(prompt),
             }
         )
-    device = torch.cuda.get_device_name() if config.device == "cuda" else _cpu_name()
+    device = torch.cuda.get_device_name() if config.runtime.device == "cuda" else _cpu_name()
     write_json(out / RESULTS_FILE, {"device": device, "weights": "dequantised, no claim about bits", "rows": rows})
     write_summary(
         out,

@@ -14,18 +14,16 @@ from safetensors.torch import save_file
 from pmpd.artifacts import atomic
 from pmpd.models import LazyWeights, block_index, block_linears, linear_names
 from pmpd.quant import accumulate, quantize_weight
-from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.base import RuntimeConfig, Stage, write_summary
 from pmpd.stages.inputs import read_windows
-from pmpd.stages.runtime import RuntimeConfig, load, progress
+from pmpd.stages.runtime import load, progress
 
 
 @dataclass(frozen=True)
 class SensitivityConfig:
     """How the squared gradients are computed; over which text is the ``texts`` input."""
 
-    dtype: str
-    device: str
-    trust_remote_code: bool
+    runtime: RuntimeConfig
 
 
 def run_sensitivity(config: SensitivityConfig, inputs: Mapping[str, Path], out: Path) -> None:
@@ -34,7 +32,7 @@ def run_sensitivity(config: SensitivityConfig, inputs: Mapping[str, Path], out: 
     bfloat16 keeps float32's range, which squared gradients need, at a relative error of at most 0.4 %.
     """
     windows = read_windows(inputs["texts"])
-    model, _ = load(inputs["model"], None, RuntimeConfig(**config.__dict__))
+    model, _ = load(inputs["model"], None, config.runtime)
     sensitivity = accumulate(model, progress(windows, "sensitivity", len(windows)), block_linears(model))
     for block, names in _by_block(sensitivity).items():
         with atomic(out / _shard(block)) as temporary:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from pmpd.artifacts import read_jsonl, write_jsonl
 from pmpd.decode import decode_schedules
-from pmpd.models import Prompter, load_tokenizer
+from pmpd.models import Prompter
 from pmpd.quant import PrecisionCell
 from pmpd.records import Completion, Generation, Sample, Schedule
-from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.base import RuntimeConfig, Stage, write_summary
 from pmpd.stages.inputs import read_samples
-from pmpd.stages.runtime import RuntimeConfig, load, progress
+from pmpd.stages.runtime import load, load_prompter, progress
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,18 @@ class RolloutsConfig:
     max_new_tokens: int
     template: str
     batch_size: int
-    dtype: str
-    device: str
-    trust_remote_code: bool
+    runtime: RuntimeConfig
 
 
 def run_rollouts(config: RolloutsConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write ``batch_*.jsonl``: a row a sample and schedule, with each turn's generation."""
     samples, prompts = read_samples(inputs["prompts"])
     schedules = [Schedule.parse(name) for name in config.schedules]
-    prompter = Prompter(load_tokenizer(inputs["model"]), config.template)
+    prompter = load_prompter(inputs["model"], config.template)
     batches = by_length(prompts, config.batch_size)
     parts = [out / f"batch_{k:05d}.jsonl" for k in range(len(batches))]
     if not all(part.exists() for part in parts):
-        runtime = RuntimeConfig(config.dtype, config.device, config.trust_remote_code)
-        model, cell = load(inputs["model"], inputs.get("nested"), runtime)
+        model, cell = load(inputs["model"], inputs.get("nested"), config.runtime)
         for part, rows in progress(zip(parts, batches, strict=True), "rollouts", len(batches)):
             if not part.exists():
                 completions = _complete_batch(
@@ -72,19 +70,23 @@ def _complete_batch(
     schedules: Sequence[Schedule],
     config: RolloutsConfig,
 ) -> dict[Schedule, list[Completion]]:
-    limits = {"max_new_tokens": config.max_new_tokens, "eos_ids": prompter.eos_ids, "pad_id": prompter.pad_id}
-    first = decode_schedules(model, cell, prompts, schedules, **limits)
+    decode = partial(
+        decode_schedules,
+        model,
+        cell,
+        max_new_tokens=config.max_new_tokens,
+        eos_ids=prompter.eos_ids,
+        pad_id=prompter.pad_id,
+    )
     done = {
         schedule: [[generation(prompter, schedule, p, t)] for p, t in zip(prompts, tokens, strict=True)]
-        for schedule, tokens in first.items()
+        for schedule, tokens in decode(prompts=prompts, schedules=schedules).items()
     }
     for turn in range(1, max(len(s.turns) for s in samples)):
         for schedule, answers in done.items():
             later = [i for i, s in enumerate(samples) if len(s.turns) > turn]
-            asked = [
-                prompter.ids(samples[i].turns[: turn + 1], [g.text for g in answers[i]]) for i in later
-            ]
-            tokens = decode_schedules(model, cell, asked, [schedule], **limits)[schedule]
+            asked = [prompter.ids(samples[i].turns[: turn + 1], [g.text for g in answers[i]]) for i in later]
+            tokens = decode(prompts=asked, schedules=[schedule])[schedule]
             for i, prompt, ids in zip(later, asked, tokens, strict=True):
                 answers[i].append(generation(prompter, schedule, prompt, ids))
     return {

@@ -6,39 +6,31 @@ Knows folders, dtypes and devices; does not know what the stage is about to do.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import nn
 from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from pmpd.models import attach, load_model
+from pmpd.models import Prompter, attach, load_model, load_tokenizer
 from pmpd.quant import PrecisionCell
+from pmpd.stages.base import RuntimeConfig
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """What of the machine can change a token, so it is part of the key."""
-
-    dtype: str
-    device: str
-    trust_remote_code: bool = False
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-
-def load(model: Path, nested: Path | None, runtime: RuntimeConfig) -> tuple[nn.Module, PrecisionCell | None]:
+def load(model: Path, nested: Path | None, runtime: RuntimeConfig) -> tuple[PreTrainedModel, PrecisionCell | None]:
     """The model in ``model``, its block linears replaced by the nested ones of ``nested`` where given."""
     loaded = load_model(model, runtime.torch_dtype, runtime.device, runtime.trust_remote_code)
     return loaded, attach(loaded, nested) if nested is not None else None
+
+
+def load_prompter(model: Path, template: str) -> Prompter:
+    """Prompts for the model in ``model``, which end where its tokenizer or its generation config says."""
+    has_config = (model / GENERATION_CONFIG_NAME).exists()
+    generation = GenerationConfig.from_pretrained(model) if has_config else None
+    return Prompter(load_tokenizer(model), template, generation)
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> Iterable[T]:

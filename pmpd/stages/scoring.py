@@ -97,9 +97,7 @@ def score_turns(
 
 def references_of(samples: Sequence[Sample], fp16: Mapping[str, Completion]) -> list[list[list[str]]]:
     """References ``[sample][turn][reference]``: the data set's own, or, where it has none, the model's fp16 output."""
-    return [
-        [list(s.references)] if s.references else [[g.text] for g in fp16[s.id].generations] for s in samples
-    ]
+    return [[list(s.references)] if s.references else [[g.text] for g in fp16[s.id].generations] for s in samples]
 
 
 def fp16_references(samples: Sequence[Sample], fp16: Mapping[str, Completion]) -> list[list[list[str]]]:

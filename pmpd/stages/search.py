@@ -7,6 +7,7 @@ precision, its second half is scored at the decode precision over that cache.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from pathlib import Path
 from pmpd.decode import two_phase_nll, window_nll
 from pmpd.metrics import perplexity
 from pmpd.records import FP16_BITS
-from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.base import RuntimeConfig, Stage, write_summary
 from pmpd.stages.inputs import read_windows
-from pmpd.stages.runtime import RuntimeConfig, load, progress
+from pmpd.stages.runtime import load, progress
 
 LOGIT_TOKENS = 2048
 """Positions a forward: logits of a large vocabulary are what fills memory here."""
@@ -29,9 +30,7 @@ class SearchConfig:
     seed_bits: int
     parent_bits: int
     tolerance: float
-    dtype: str
-    device: str
-    trust_remote_code: bool
+    runtime: RuntimeConfig
 
 
 def lowest_lossless(curve: Mapping[int, float], tolerance: float) -> int | None:
@@ -61,28 +60,25 @@ def cheapest_pair(
     """
     scores: dict[tuple[int, int], float] = {}
     falling = sorted(precisions, reverse=True)
-    top, decode, pair = falling[0], None, None
-    for bits in falling:
-        scores[top, bits] = score(top, bits)
-        if not scores[top, bits] <= limit:
-            break
-        decode = bits
-    for prefill in falling if decode is not None else ():
-        if prefill < decode:
-            break
+
+    def meets(prefill: int, decode: int) -> bool:
         if (prefill, decode) not in scores:
             scores[prefill, decode] = score(prefill, decode)
-        if not scores[prefill, decode] <= limit:
-            break
-        pair = (prefill, decode)
-    return pair, scores
+        return scores[prefill, decode] <= limit
+
+    top = falling[0]
+    decodes = list(itertools.takewhile(lambda bits: meets(top, bits), falling))
+    if not decodes:
+        return None, scores
+    decode = decodes[-1]
+    prefills = itertools.takewhile(lambda bits: bits >= decode and meets(bits, decode), falling)
+    return (list(prefills)[-1], decode), scores
 
 
 def run_search(config: SearchConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Perplexity at every precision, and the pair search."""
     windows = read_windows(inputs["texts"])
-    runtime = RuntimeConfig(config.dtype, config.device, config.trust_remote_code)
-    model, cell = load(inputs["model"], inputs["nested"], runtime)
+    model, cell = load(inputs["model"], inputs["nested"], config.runtime)
     assert cell is not None
     half = windows.shape[1] // 2
     batch = max(1, LOGIT_TOKENS // windows.shape[1])
@@ -95,9 +91,7 @@ def run_search(config: SearchConfig, inputs: Mapping[str, Path], out: Path) -> N
         cell.drop(bits)
 
     def pair_perplexity(prefill_bits: int, decode_bits: int) -> float:
-        total, count = two_phase_nll(
-            model, cell, windows, half, prefill_bits, decode_bits, batch_size=batch
-        )
+        total, count = two_phase_nll(model, cell, windows, half, prefill_bits, decode_bits, batch_size=batch)
         return perplexity(total, count)
 
     fp16_half = pair_perplexity(FP16_BITS, FP16_BITS)

@@ -60,7 +60,11 @@ def test_another_model_gets_the_paper_from_the_hub():
     config = cell("model=vicuna7b", "task=cnndm", "scheduler=learned")
     assert (config.data.root, config.budget.name) == (None, "paper")
     assert (config.model.high_bits, config.model.low_bits) == (3, 2)
-    assert (config.budget.calibration_windows, config.budget.seed_prompts, config.budget.seed_new_tokens) == (100, 256, 256)
+    assert (config.budget.calibration_windows, config.budget.seed_prompts, config.budget.seed_new_tokens) == (
+        100,
+        256,
+        256,
+    )
 
 
 def test_what_is_asked_for_wins_over_what_the_model_brings():
