@@ -11,6 +11,8 @@ import dataclasses
 import logging
 import os
 import sys
+import time
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from transformers.utils import logging as transformers_logging
 
 from pipelines.plan import BASELINES, Cell, Planner
 from pipelines.preflight import cells_of, check_disk, check_machine, describe
@@ -66,41 +69,52 @@ def run_cell(config: Config, out: Path, job: str) -> None:
         tags=[config.model.name, config.task.name, config.scheduler.name, config.budget.name],
     )
     try:
+        builder = Builder(store, tracker)
         if not cells:
-            _build(planner.search, store, tracker)
+            builder.build(planner.search)
             cells = [planner.cell(kind) for kind in kinds]
             log.info("the search found %s bits; plan\n%s\n", cells[0].precisions.high, describe(planner, cells))
         for cell in cells:
             for target in cell.targets:
-                _build(target, store, tracker)
+                builder.build(target)
         _say_search(cells[-1], store)
         write_report(cell_records(cells, store), out)
     finally:
         tracker.finish()
 
 
-def _build(target: Node, store: Store, tracker: Tracker) -> None:
-    """Materialise ``target``; every stage that it took, or found, is tracked once."""
+class Builder:
+    """Materialises recipes and tells the tracker of every stage, once."""
 
-    def run(node: Node, inputs: Any, work: Path) -> None:
-        log.info("%s %s", node.stage, node.key)
+    def __init__(self, store: Store, tracker: Tracker) -> None:
+        self.store = store
+        self.tracker = tracker
+        self._built: set[str] = set()
+        self._tracked: set[str] = set()
+
+    def build(self, target: Node) -> None:
+        """Build ``target`` where it is missing, and track it with every ancestor that the store holds."""
+        self.store.materialize(target, self._execute)
+        for node in target.ancestors():
+            path = self.store.path(node)
+            if node.key in self._tracked or not path.exists():
+                continue
+            self._tracked.add(node.key)
+            summary = read_summary(path)
+            inputs = {name: parent.key for name, parent in node.inputs.items()}
+            self.tracker.lineage(node.stage, node.key, inputs, str(path), node.key not in self._built)
+            self.tracker.metrics(node.stage, {k: v for k, v in summary["metrics"].items() if v is not None})
+            for name, rows in summary["curves"].items():
+                self.tracker.curve(node.stage, name, rows)
+            for name, rows in summary["tables"].items():
+                self.tracker.table(node.stage, name, rows)
+
+    def _execute(self, node: Node, inputs: Mapping[str, Path], work: Path) -> None:
+        started = time.monotonic()
+        log.info("%-13s %s ...", node.stage, node.key)
         execute(node, inputs, work)
-        built.add(node.key)
-
-    built: set[str] = set()
-    store.materialize(target, run)
-    for node in target.ancestors():
-        path = store.path(node)
-        if not path.exists():
-            continue
-        summary = read_summary(path)
-        inputs = {name: parent.key for name, parent in node.inputs.items()}
-        tracker.lineage(node.stage, node.key, inputs, str(path), node.key not in built)
-        tracker.metrics(node.stage, {k: v for k, v in summary["metrics"].items() if v is not None})
-        for name, rows in summary["curves"].items():
-            tracker.curve(node.stage, name, rows)
-        for name, rows in summary["tables"].items():
-            tracker.table(node.stage, name, rows)
+        log.info("%-13s %s done in %.1f s", node.stage, node.key, time.monotonic() - started)
+        self._built.add(node.key)
 
 
 def _say_search(cell: Cell, store: Store) -> None:
@@ -132,6 +146,8 @@ def _plain(value: Any) -> Any:
 @hydra.main(config_path="../conf", config_name="config", version_base="1.3")
 def main(node: DictConfig) -> None:
     """Hydra's entry: compose, check, run; a mistake of the user's is one line, not a traceback."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     runtime = HydraConfig.get()
     out = Path(runtime.runtime.output_dir)
     try:

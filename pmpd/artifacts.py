@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -97,7 +97,7 @@ class Node:
         return list(seen.values())
 
 
-Input = Union[Node, Root]
+Input = Node | Root
 
 Execute = Callable[[Node, Mapping[str, Path], Path], None]
 """Runs a node's stage: ``execute(node, input paths, output directory)``."""

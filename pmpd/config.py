@@ -7,6 +7,7 @@ a type. This is the only module of the library that imports OmegaConf; Hydra com
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional
@@ -350,7 +351,7 @@ def check_precisions(high_bits: int, low_bits: int, middle_bits: list[int]) -> N
     levels = [high_bits, *middle_bits, low_bits]
     if low_bits >= high_bits:
         raise ConfigError(f"model.low_bits={low_bits} is not possible: below model.high_bits ({high_bits})")
-    if any(a <= b for a, b in zip(levels, levels[1:], strict=False)):
+    if any(a <= b for a, b in itertools.pairwise(levels)):
         raise ConfigError(
             f"model.middle_bits={middle_bits} is not possible: strictly between {high_bits} and {low_bits}, falling"
         )

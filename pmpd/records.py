@@ -83,9 +83,7 @@ class Schedule:
         """The schedule whose :attr:`name` is ``name``."""
         prefill, _, rest = name.partition(":")
         pairs = [part.partition("@") for part in rest.split(",")]
-        return cls(
-            int(prefill), tuple(int(p[0]) for p in pairs), tuple(int(p[2]) for p in pairs[:-1])
-        )
+        return cls(int(prefill), tuple(int(p[0]) for p in pairs), tuple(int(p[2]) for p in pairs[:-1]))
 
 
 def average_bits(bits: Sequence[int]) -> float:
@@ -115,9 +113,7 @@ def schedule_family(prefill_bits: int, levels: Sequence[int], grid: Sequence[int
     return [Schedule(prefill_bits, tuple(levels), t) for t in sorted(tuples, key=lambda t: (cost(t), t))]
 
 
-def class_schedules(
-    prefill_bits: int, levels: Sequence[int], max_new_tokens: int, parts: int = 3
-) -> list[Schedule]:
+def class_schedules(prefill_bits: int, levels: Sequence[int], max_new_tokens: int, parts: int = 3) -> list[Schedule]:
     """The learned scheduler's classes at M = ``max_new_tokens``, in order of average bits, cheapest first.
 
     A class is a tuple of fractions k/parts of M. The order is that of the fractions, so a class means

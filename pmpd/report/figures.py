@@ -16,7 +16,7 @@ from pmpd.report.frame import CellRecord
 from pmpd.report.table import TITLES
 
 COLOURS = {"fp16": "#555555", "high": "#1b7837", "low": "#b2182b", "static": "#2166ac", "learned": "#e08214"}
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
+STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
 
 
 def draw_quality(records: Sequence[CellRecord], path: Path) -> None:

@@ -194,3 +194,19 @@ def test_bad_arguments_are_refused_by_name(tmp_path: Path, quantised: Quantised)
         next(decode(model, cell, state, Planned(SCHEDULE), max_new_tokens=5, eos_ids=[]))
     with pytest.raises(ValueError, match="bits=3, but the model is not quantised"):
         prefill(model, None, [[3]], 3, max_new_tokens=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_padding_reaches_no_logit_on_a_gpu(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Fully masked rows of padding must not turn into NaN in any attention kernel."""
+    model = tiny(tmp_path, "llama_gqa").to("cuda", dtype)
+    state = prefill(model, None, PROMPTS, 16, max_new_tokens=M)
+    for row, prompt in enumerate(PROMPTS):
+        alone = prefill(model, None, [prompt], 16, max_new_tokens=M)
+        scale = float(alone.logits.abs().max())
+        torch.testing.assert_close(state.logits[row], alone.logits[0], rtol=0, atol=0.05 * scale)
+    steps = list(decode(model, None, state, Planned(Schedule.uniform(16)), max_new_tokens=M, eos_ids=[]))
+    assert all(len(ids) == M for ids in tokens_of(steps, len(PROMPTS)))
+    assert bool(state.logits.isfinite().all())

@@ -1,0 +1,237 @@
+"""The whole pipeline on a tiny random model: every scheduler, from the store again, resumed, and reported.
+
+What it decodes is noise; what is tested is that each part hands the next what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+
+from pipelines.plan import MissingSearchError, Planner
+from pipelines.report import CONF, grid_of, report
+from pipelines.run import run_cell
+from pipelines.schema import register
+from pmpd.artifacts import Store
+from pmpd.config import Config, from_omegaconf
+from pmpd.models import ModelError
+from pmpd.report import COLUMNS
+from pmpd.tasks import DataError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def overrides(model: Path, store: Path, *more: str) -> list[str]:
+    return [
+        "model=hf",
+        f"model.path={model}",
+        "model.dtype=float32",
+        "model.high_bits=4",
+        "model.low_bits=2",
+        "data=samples",
+        "budget=tiny",
+        "task.overlong=truncate",
+        "task.max_new_tokens=9",
+        "task.metrics=[rouge_l]",
+        "tracking=disabled",
+        f"store={store}",
+        *more,
+    ]
+
+
+def cell(*lines: str) -> Config:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_omegaconf(compose("config", overrides=list(lines)))
+
+
+def run(model: Path, store: Path, out: Path, *more: str) -> pd.DataFrame:
+    run_cell(cell(*overrides(model, store, *more)), out, "0")
+    return pd.read_csv(out / "results.csv")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tiny_llama) -> Path:
+    """A store that holds all five schedulers."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for scheduler in ("fp16", "high", "low", "static", "learned"):
+        run(tiny_llama, folder / "store", folder / scheduler, f"scheduler={scheduler}")
+    return folder / "store"
+
+
+@pytest.mark.parametrize("scheduler", ["fp16", "high", "low", "static", "learned"])
+def test_every_scheduler_ends_in_a_table_and_figures(store, scheduler):
+    out = store.parent / scheduler
+    frame = pd.read_csv(out / "results.csv")
+    assert tuple(frame.columns) == COLUMNS
+    assert scheduler in set(frame.scheduler)
+    own = frame[frame.scheduler == scheduler].set_index("metric")
+    assert {"rouge_l", "rouge_l minus high", "agreement", "average_bits", "npu_decode_speedup"} <= set(own.index)
+    assert own.loc["rouge_l", "n"] == 4
+    assert (own.key.str.len() == 16).all()
+    for figure in ("quality_hf_cnndm", "perplexity_hf"):
+        assert (out / f"{figure}.png").exists()
+        assert (out / f"{figure}.pdf").exists()
+    assert scheduler in (out / "table.md").read_text()
+
+
+def test_uniform_schedulers_have_their_bits_and_fp16_agrees_with_itself(store):
+    for scheduler, bits, prefill in (("fp16", 16, 16), ("high", 4, 4), ("low", 2, 2)):
+        frame = pd.read_csv(store.parent / scheduler / "results.csv")
+        own = frame[frame.scheduler == scheduler].set_index("metric")
+        assert own.loc["average_bits", "value"] == bits
+        assert set(own.prefill_bits) == {prefill}
+        if scheduler == "fp16":
+            assert own.loc["agreement", "value"] == pytest.approx(100)
+            assert own.loc["npu_decode_speedup", "value"] == pytest.approx(1)
+
+
+def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
+    for path in store.glob("evaluate/*"):
+        manifest = json.loads((path / "artifact.json").read_text())
+        if manifest["config"]["scheduler"] not in ("static", "learned"):
+            continue
+        for line in (path / "completions.jsonl").read_text().splitlines():
+            for generation in json.loads(line)["generations"]:
+                prefill, _, levels = generation["schedule"].partition(":")
+                assert prefill == "4"
+                assert levels in ("4", "2", "4@3,2", "4@6,2", "4@0,2", "4@9,2")
+
+
+def test_a_second_run_builds_nothing(store, tiny_llama, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run(tiny_llama, store, tmp_path / "again", "scheduler=learned")
+    assert "done in" not in caplog.text
+    assert "cached" in caplog.text
+    again = (tmp_path / "again" / "results.csv").read_text()
+    assert again == (store.parent / "learned" / "results.csv").read_text()
+
+
+def test_explicit_precisions_and_those_of_the_search_share_artifacts(store, tiny_llama):
+    def planned(*more: str) -> Planner:
+        lines = [o for o in overrides(tiny_llama, store, "scheduler=high") if "_bits" not in o]
+        return Planner(cell(*lines, *more), Store(store))
+
+    found = planned().precisions()
+    assert found.source == "search"
+    given = planned(f"model.high_bits={found.high}", f"model.low_bits={found.low}")
+    assert given.precisions().source == "given"
+    assert planned().cell().evaluation.key == given.cell().evaluation.key
+
+
+def test_precisions_that_hang_on_a_search_that_has_not_run_are_said_so(tiny_llama, tmp_path):
+    lines = [o for o in overrides(tiny_llama, tmp_path / "store", "scheduler=high") if "_bits" not in o]
+    with pytest.raises(MissingSearchError, match="search has not run"):
+        Planner(cell(*lines), Store(tmp_path / "store")).cell()
+
+
+def test_changing_a_metric_or_a_tolerance_decodes_nothing(store, tiny_llama):
+    base = Planner(cell(*overrides(tiny_llama, store, "scheduler=static")), Store(store)).cell()
+    other = Planner(
+        cell(*overrides(tiny_llama, store, "scheduler=static", "scheduler.tolerance=5", "budget.bootstrap_resamples=99")),
+        Store(store),
+    ).cell()
+
+    def decoding(c):
+        return {n.key for n in c.evaluation.ancestors() if n.stage == "rollouts"}
+
+    assert base.evaluation.key != other.evaluation.key
+    assert decoding(base) == decoding(other)
+
+
+def test_two_models_do_not_share_and_two_schedulers_do(store, tiny_llama):
+    def nested(*more: str) -> str:
+        return Planner(cell(*overrides(tiny_llama, store, *more)), Store(store)).nested.key
+
+    assert nested("scheduler=high") == nested("scheduler=learned")
+    assert nested("quantizer.parent_bits=6") != nested()
+
+
+def test_the_report_reads_the_store_alone_and_names_what_is_missing(store, tiny_llama, tmp_path, caplog):
+    lines = overrides(tiny_llama, store, "scheduler=high,static")
+    assert report(lines, tmp_path / "paper") == []
+    frame = pd.read_csv(tmp_path / "paper" / "results.csv")
+    assert set(frame.scheduler) == {"high", "static"}
+    assert "static" in (tmp_path / "paper" / "table.md").read_text()
+    missing = report([*overrides(tiny_llama, store, "scheduler=high,static"), "seed=7"], tmp_path / "none")
+    assert len(missing) == 2
+    assert "seed=7" in missing[0].command
+    assert "scheduler=high" in missing[0].command
+    assert "python pipelines/run.py" in caplog.text
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_grid_is_an_experiments_sweep_with_the_command_lines(tiny_llama):
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert [c[-1] for c in grid_of(["experiment=quickstart"])] == [
+            f"scheduler={s}" for s in ("fp16", "high", "low", "static", "learned")
+        ]
+        assert len(grid_of(["task=dialogsum,iwslt", "scheduler=high,low"])) == 4
+        assert [c[-1] for c in grid_of(["experiment=quickstart", "scheduler=low"])] == ["scheduler=low"]
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "said"),
+    [
+        (["data.root=/nowhere"], DataError, "/nowhere"),
+        (["model.path=/no/such/model"], ModelError, "/no/such/model"),
+        (["task.overlong=refuse", "task=dialogsum", "task.max_new_tokens=400"], ValueError, "task.overlong=truncate"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_expensive(tiny_llama, tmp_path, more, error, said):
+    lines = overrides(tiny_llama, tmp_path / "store", "scheduler=high")
+    changed = {m.partition("=")[0] for m in more}
+    kept = [line for line in lines if line.partition("=")[0] not in changed]
+    with pytest.raises(error, match=said):
+        run_cell(cell(*kept, *more), tmp_path / "out", "0")
+    assert not list((tmp_path / "store").glob("sensitivity/*/artifact.json"))
+
+
+def test_kill_9_in_a_stage_then_the_same_command_finishes(tiny_llama, tmp_path, store):
+    lines = overrides(tiny_llama, tmp_path / "store", "scheduler=high", f"hydra.run.dir={tmp_path / 'out'}")
+    command = [sys.executable, "pipelines/run.py", *lines]
+    victim = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "store").glob("quantize/*.work")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not list((tmp_path / "store").glob("evaluate/*/artifact.json"))
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "sensitivity" in done.stdout
+    frame = pd.read_csv(tmp_path / "out" / "results.csv")
+    uninterrupted = pd.read_csv(store.parent / "high" / "results.csv")
+    same = frame.metric.isin(["rouge_l", "agreement", "average_bits"])
+    pd.testing.assert_frame_equal(
+        frame[same & (frame.scheduler == "high")].reset_index(drop=True),
+        uninterrupted[
+            uninterrupted.metric.isin(["rouge_l", "agreement", "average_bits"]) & (uninterrupted.scheduler == "high")
+        ].reset_index(drop=True),
+    )
+
+
+def test_a_users_mistake_is_one_line_not_a_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "pipelines/run.py", "model.low_bits=7", f"hydra.run.dir={tmp_path}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    said = done.stdout + done.stderr
+    assert "model.low_bits=7" in said
+    assert "Traceback" not in said
