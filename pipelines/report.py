@@ -104,13 +104,14 @@ def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
                 switch_curve=_curve(store, cell.evaluation, "switch_step"),
                 fit_curve=_curve(store, cell.fit, "switch_step"),
                 perplexity_curve=_curve(store, cell.search, "perplexity"),
+                tolerance=cell.config.budget.search_tolerance,
                 note=_note(cell, store),
             )
         )
     return records
 
 
-def write_report(records: Sequence[CellRecord], out: Path, tolerance: float = 0.05) -> str:
+def write_report(records: Sequence[CellRecord], out: Path) -> str:
     """Write ``results.csv``, ``table.md`` and the figures below ``out``; show the tables.
 
     Returns:
@@ -133,8 +134,8 @@ def write_report(records: Sequence[CellRecord], out: Path, tolerance: float = 0.
             draw_switch_steps(best, out / f"switch_step_{stem}.png")
             figures.append(out / f"switch_step_{stem}.png")
     for model in dict.fromkeys(r.model for r in records):
-        curve = next(r.perplexity_curve for r in records if r.model == model)
-        draw_perplexity(curve, tolerance, model, out / f"perplexity_{model}.png")
+        record = next(r for r in records if r.model == model)
+        draw_perplexity(record.perplexity_curve, record.tolerance, model, out / f"perplexity_{model}.png")
         figures.append(out / f"perplexity_{model}.png")
     text = "\n\n".join(texts) + "\n"
     (out / "table.md").write_text(text, encoding="utf-8")

@@ -97,15 +97,67 @@ def test_uniform_schedulers_have_their_bits_and_fp16_agrees_with_itself(store):
 
 
 def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
-    for path in store.glob("evaluate/*"):
-        manifest = json.loads((path / "artifact.json").read_text())
-        if manifest["config"]["scheduler"] not in ("static", "learned"):
+    for path in store.glob("evaluate/*/artifact.json"):
+        if json.loads(path.read_text())["config"]["scheduler"] not in ("static", "learned"):
             continue
-        for line in (path / "completions.jsonl").read_text().splitlines():
+        for line in (path.parent / "completions.jsonl").read_text().splitlines():
             for generation in json.loads(line)["generations"]:
                 prefill, _, levels = generation["schedule"].partition(":")
                 assert prefill == "4"
                 assert levels in ("4", "2", "4@3,2", "4@6,2", "4@0,2", "4@9,2")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["task=dialogsum", "scheduler=static"],
+        ["task=iwslt", "scheduler=static", "task.metrics=[bleu,sacrebleu]"],
+        ["scheduler=static", "scheduler.prefill_bits=16"],
+        ["scheduler=static", "scheduler.switch_step=2"],
+        ["scheduler=static", "model.middle_bits=[3]"],
+        ["scheduler=learned", "model.middle_bits=[3]"],
+        ["scheduler=high", "quantizer.group_size=32"],
+    ],
+    ids=" ".join,
+)
+def test_other_tasks_and_settings_run_whole(store, tiny_llama, tmp_path, more):
+    chosen = {m.partition("=")[0] for m in more}
+    lines = [o for o in overrides(tiny_llama, store) if o.partition("=")[0] not in chosen]
+    run_cell(cell(*lines, *more), tmp_path, "0")
+    frame = pd.read_csv(tmp_path / "results.csv")
+    scheduler = next(m.partition("=")[2] for m in more if m.startswith("scheduler="))
+    own = frame[frame.scheduler == scheduler].set_index("metric")
+    assert 2 <= own.loc["average_bits", "value"] <= 4
+    if "scheduler.switch_step=2" in more:
+        assert own.loc["average_bits", "value"] == pytest.approx((2 * 4 + 6 * 2) / 8)
+    if "scheduler.prefill_bits=16" in more:
+        assert set(own.prefill_bits) == {16}
+
+
+@pytest.fixture
+def two_turns(tmp_path) -> Path:
+    rows = [
+        {"prompt": [f"Name {n} birds.", "Now the shortest."], "reference": [], "prompt_id": n, "category": "writing"}
+        for n in range(3, 7)
+    ]
+    folder = tmp_path / "data" / "mt_bench_prompts"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("more", [["scheduler=learned"], ["scheduler=static", "scheduler.switch_step=3"]], ids=" ".join)
+def test_each_policy_keeps_its_own_first_answer(store, tiny_llama, tmp_path, two_turns, more):
+    lines = overrides(tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", *more)
+    config = cell(*lines)
+    run_cell(config, tmp_path / "out", "0")
+    planned = Planner(config, Store(store)).cell().evaluation
+    for line in (Store(store).verify(planned) / "completions.jsonl").read_text().splitlines():
+        first, second = json.loads(line)["generations"]
+        turn = json.loads(line)["id"]
+        assert second["prompt_tokens"] > first["prompt_tokens"] + len(first["token_ids"]) - 1, turn
+    frame = pd.read_csv(tmp_path / "out" / "results.csv")
+    assert frame[(frame.scheduler == "fp16") & (frame.metric == "rouge_l")].value.item() == pytest.approx(100)
 
 
 def test_a_second_run_builds_nothing(store, tiny_llama, tmp_path, caplog):

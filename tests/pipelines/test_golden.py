@@ -1,0 +1,129 @@
+"""One fingerprint a stage, pinned beside its version: change what a stage means without raising its version, and this fails.
+
+Fingerprints hold integers or rounded values, so that they are the same on other CPUs. When a change is meant, raise
+``version`` where the stage is declared and put the printed fingerprint here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
+
+from pipelines.plan import Planner
+from pipelines.report import CONF
+from pipelines.run import run_cell
+from pipelines.schema import register
+from pmpd.artifacts import Node, Store, read_json, read_jsonl
+from pmpd.config import from_omegaconf
+from pmpd.quant import NestedWeight
+from pmpd.stages import STAGES, read_summary
+from tests.tiny import tiny_model_dir
+
+GOLDEN: dict[str, tuple[int, str]] = {}
+
+NOT_PINNED = {
+    "weights": "needs a model of another format; tests/models/test_convert.py compares it with the original",
+    "data": "needs the hub; tests/tasks/test_hub.py compares it with a stand-in",
+    "latency": "its output is a time",
+}
+
+
+def significant(values: Any, digits: int = 2) -> list[float]:
+    return [float(f"{v:.{digits - 1}e}") for v in np.ravel(values)]
+
+
+def fingerprint(node: Node, path: Path) -> Any:
+    summary = read_summary(path)
+    match node.stage:
+        case "prompts" | "seeds":
+            return [row["prompt_ids"] for row in read_jsonl(path / "samples.jsonl")]
+        case "texts":
+            return load_file(path / "windows.safetensors")["windows"].tolist()
+        case "sensitivity":
+            return {k: significant(v.float().mean()) for k, v in sorted(load_file(path / "block_000.safetensors").items())}
+        case "quantize":
+            tensors = load_file(path / "block_001.safetensors")
+            names = sorted(k.removesuffix(".planes") for k in tensors if k.endswith(".planes"))
+            weights = [NestedWeight.from_tensors(tensors, n) for n in names]
+            return [significant(w.dequantize(b, torch.float64).square().mean(), 3) for w in weights for b in (2, 3, 8)]
+        case "search":
+            curves = summary["curves"]
+            return [significant(r["perplexity"], 3) for name in ("perplexity", "pairs") for r in curves[name]]
+        case "rollouts":
+            rows = read_jsonl(path / "batch_00000.jsonl")
+            return [[g["schedule"], g["token_ids"]] for row in rows for g in row["generations"]]
+        case "fit_static":
+            return [read_json(path / "choice.json"), [r["lossless"] for r in summary["curves"]["switch_step"]]]
+        case "features":
+            tensors = load_file(path / "batch_00000.safetensors")
+            return {k: [*v.shape, *significant(v.float().abs().mean())] for k, v in sorted(tensors.items())}
+        case "train_learned":
+            loss = summary["curves"]["loss"][-1]["loss"]
+            return [[r["count"] for r in summary["tables"]["labels"]], significant(loss, 1)]
+        case "decide":
+            return [[g["token_ids"] for g in row["generations"]] for row in read_jsonl(path / "completions.jsonl")]
+        case "evaluate" | "estimate":
+            return {r["quantity"]: [*significant([r["value"]], 3), r["n"]] for r in read_json(path / "results.json")}
+    raise AssertionError(f"no fingerprint for stage {node.stage}")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, str]:
+    """Fingerprints of every stage on a tiny model whose weights come from numpy, not from a library's initialiser."""
+    folder = tmp_path_factory.mktemp("golden")
+    model = tiny_model_dir(folder, "llama_gqa")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1:
+            values = np.random.default_rng(zlib.crc32(name.encode())).normal(0, 0.15, tensor.shape)
+            tensors[name] = torch.from_numpy(values).to(tensor.dtype)
+    save_file(tensors, file, {"format": "pt"})
+    prints: dict[str, set[str]] = {}
+    register()
+    for scheduler in ("static", "learned"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            lines = [
+                "model=hf",
+                f"model.path={model}",
+                "model.dtype=float32",
+                "model.high_bits=4",
+                "model.low_bits=2",
+                "data=samples",
+                "budget=tiny",
+                "task.overlong=truncate",
+                "task.max_new_tokens=6",
+                "task.metrics=[rouge_l]",
+                "tracking=disabled",
+                f"scheduler={scheduler}",
+                f"store={folder / 'store'}",
+            ]
+            config = from_omegaconf(compose("config", overrides=lines))
+        run_cell(config, folder / scheduler, "0")
+        store = Store(folder / "store")
+        for target in Planner(config, store).cell().targets:
+            for node in target.ancestors():
+                if node.stage not in NOT_PINNED:
+                    text = json.dumps(fingerprint(node, store.path(node)), sort_keys=True)
+                    prints.setdefault(node.stage, set()).add(text)
+    return {
+        stage: hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16] for stage, texts in prints.items()
+    }
+
+
+def test_every_stage_is_pinned_or_excused():
+    assert set(GOLDEN) | set(NOT_PINNED) == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", sorted(GOLDEN))
+def test_meaning_and_version_go_together(stage, found):
+    assert (STAGES[stage].version, found[stage]) == GOLDEN[stage], f"new fingerprint: {found[stage]}"
