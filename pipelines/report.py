@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pipelines.plan import Cell, MissingSearchError, Planner
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, read_json
-from pmpd.config import Config, from_omegaconf
+from pmpd.config import Config, from_omegaconf, max_new_tokens
+from pmpd.records import Schedule
 from pmpd.report import CellRecord, draw_perplexity, draw_quality, draw_switch_steps, summary_table, tidy
 from pmpd.stages import read_summary
 
@@ -212,11 +213,19 @@ def _latency_rows(cell: Cell, store: Store) -> list[dict[str, Any]]:
 def _note(cell: Cell, store: Store) -> str:
     if cell.fit is not None:
         metrics = read_summary(_verified(store, cell.fit))["metrics"]
-        steps = metrics["schedule"].partition(":")[2]
-        return f"fitted {steps}" + ("" if metrics["lossless"] else ", none lossless")
+        steps = ", ".join(map(str, Schedule.parse(metrics["schedule"]).switch_steps))
+        found = "" if metrics["lossless"] else "no candidate was lossless, so the last; "
+        return (
+            f"switch step {steps} of at most {max_new_tokens(cell.config)}, fitted on {metrics['n']} validation samples "
+            f"with tolerance {cell.config.scheduler.tolerance:g} ({found}the smallest drop that these samples would "
+            f"have shown: {metrics['detectable_drop']:.1f})"
+        )
     if cell.training is not None:
         metrics = read_summary(_verified(store, cell.training))["metrics"]
-        return f"held-out accuracy {metrics['holdout_accuracy']:.2f}, majority {metrics['majority_accuracy']:.2f}"
+        return (
+            f"trained on {metrics['num_train']} seed prompts; accuracy on {metrics['num_holdout']} held out "
+            f"{metrics['holdout_accuracy']:.2f}, of always saying the commonest class {metrics['majority_accuracy']:.2f}"
+        )
     return ""
 
 
@@ -228,6 +237,7 @@ def _caption(group: Sequence[CellRecord]) -> str:
         f"high is uniform {high} bits, low uniform {low}, both prefill included. agreement: ROUGE-L with the model's "
         "own fp16 output. Intervals: 95 % bootstrap over samples; differences are paired.",
     ]
+    lines += [f"{r.scheduler}: {r.note}." for r in group if r.note]
     if npu:
         lines.append(f"NPU: {npu['unit']}.")
     if timings:

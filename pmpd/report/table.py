@@ -33,7 +33,7 @@ def summary_table(records: Sequence[CellRecord]) -> str:
         first = r.find(metrics[0])
         rows.append(
             [
-                r.scheduler + (f" ({r.note})" if r.note else ""),
+                r.scheduler,
                 str(r.prefill_bits),
                 _number(r.find("average_bits"), 2),
                 *(_interval(r.find(m), 1) for m in metrics),

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from pmpd.artifacts import read_json, write_json
 from pmpd.records import Completion, Schedule, average_bits
 from pmpd.stages.base import Stage, write_summary
@@ -106,7 +104,7 @@ def run_fit_static(config: FitStaticConfig, inputs: Mapping[str, Path], out: Pat
             "lossless": chosen is not None,
             "high": high.value(),
             "n": len(samples),
-            "detectable_drop": float(np.max([r["detectable_drop"] for r in rows])),
+            "detectable_drop": rows[index]["detectable_drop"],
         },
         curves={"switch_step": rows},
     )

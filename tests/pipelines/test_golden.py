@@ -49,7 +49,9 @@ def fingerprint(node: Node, path: Path) -> Any:
         case "texts":
             return load_file(path / "windows.safetensors")["windows"].tolist()
         case "sensitivity":
-            return {k: significant(v.float().mean()) for k, v in sorted(load_file(path / "block_000.safetensors").items())}
+            return {
+                k: significant(v.float().mean()) for k, v in sorted(load_file(path / "block_000.safetensors").items())
+            }
         case "quantize":
             tensors = load_file(path / "block_001.safetensors")
             names = sorted(k.removesuffix(".planes") for k in tensors if k.endswith(".planes"))

@@ -190,7 +190,9 @@ def test_precisions_that_hang_on_a_search_that_has_not_run_are_said_so(tiny_llam
 def test_changing_a_metric_or_a_tolerance_decodes_nothing(store, tiny_llama):
     base = Planner(cell(*overrides(tiny_llama, store, "scheduler=static")), Store(store)).cell()
     other = Planner(
-        cell(*overrides(tiny_llama, store, "scheduler=static", "scheduler.tolerance=5", "budget.bootstrap_resamples=99")),
+        cell(
+            *overrides(tiny_llama, store, "scheduler=static", "scheduler.tolerance=5", "budget.bootstrap_resamples=99")
+        ),
         Store(store),
     ).cell()
 
