@@ -216,15 +216,16 @@ def _note(cell: Cell, store: Store) -> str:
         steps = ", ".join(map(str, Schedule.parse(metrics["schedule"]).switch_steps))
         found = "" if metrics["lossless"] else "no candidate was lossless, so the last; "
         return (
-            f"switch step {steps} of at most {max_new_tokens(cell.config)}, fitted on {metrics['n']} validation samples "
-            f"with tolerance {cell.config.scheduler.tolerance:g} ({found}the smallest drop that these samples would "
-            f"have shown: {metrics['detectable_drop']:.1f})"
+            f"switch step {steps} of at most {max_new_tokens(cell.config)}, fitted on {metrics['n']} validation "
+            f"samples with tolerance {cell.config.scheduler.tolerance:g} ({found}the smallest drop from high that they "
+            f"would have shown: {metrics['detectable_drop']:.1f})"
         )
     if cell.training is not None:
         metrics = read_summary(_verified(store, cell.training))["metrics"]
         return (
             f"trained on {metrics['num_train']} seed prompts; accuracy on {metrics['num_holdout']} held out "
-            f"{metrics['holdout_accuracy']:.2f}, of always saying the commonest class {metrics['majority_accuracy']:.2f}"
+            f"{metrics['holdout_accuracy']:.2f}, of always saying the commonest class "
+            f"{metrics['majority_accuracy']:.2f}"
         )
     return ""
 

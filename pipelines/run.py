@@ -17,8 +17,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-# libgomp's threads spin between operations, and two processes on the same cores then slow each other tenfold (SmolLM2,
-# batch 16, two cores, tokens/s: 123 alone, 31 each beside a second run; with this 122 and 66). Read once, by torch's import.
+# libgomp's threads spin between operations, so two processes on the same cores slow each other down (SmolLM2, batch
+# 16, two cores, tokens/s: 123 alone, 31 each beside a second run; with this 122 and 66). Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import hydra

@@ -30,6 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from pmpd import __version__
 
@@ -277,6 +280,21 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        OSError: ENOSPC on a full disk, which the library reports as an error of its own.
+    """
+    with atomic(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from pmpd.artifacts import (
     DamagedArtifactError,
@@ -20,6 +22,7 @@ from pmpd.artifacts import (
     digest_files,
     recipe_key,
     write_json,
+    write_tensors,
 )
 
 
@@ -136,6 +139,19 @@ def test_a_full_disk_is_said_and_the_next_run_resumes(tmp_path, monkeypatch, whe
             store.materialize(node(), full if where == "stage" else lambda n, i, out: (out / "f").write_text("x"))
     assert store.status(node()) == "resumes"
     assert store.materialize(node(), write).exists()
+
+
+def test_safetensors_own_error_for_a_full_disk_counts_as_one(tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    store = Store(tmp_path / "s")
+    monkeypatch.setattr("pmpd.artifacts.save_file", full)
+    with pytest.raises(StoreError, match="is full"):
+        store.materialize(node(), lambda n, i, out: write_tensors(out / "t.safetensors", {"a": torch.zeros(1)}))
+    assert store.status(node()) == "resumes"
+    monkeypatch.undo()
+    store.materialize(node(), lambda n, i, out: write_tensors(out / "t.safetensors", {"a": torch.zeros(1)}))
 
 
 def test_atomic_leaves_the_old_file_when_the_writer_fails(tmp_path):

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pmpd.artifacts import atomic
+from pmpd.artifacts import write_tensors
 from pmpd.records import Prefill, Schedule
 from pmpd.schedulers.base import Planned
 
@@ -129,8 +128,7 @@ class Learned:
 def save_network(network: LearnedNetwork, path: Path) -> None:
     """Write ``network`` to a safetensors file with its shape as metadata."""
     metadata = {"kind": KIND, "format": str(FORMAT), "shape": json.dumps(network.shape)}
-    with atomic(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, temporary, metadata)
+    write_tensors(path, {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}, metadata)
 
 
 def load_network(path: Path) -> LearnedNetwork:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pmpd.artifacts import read_json, write_json
 from pmpd.records import Completion, Schedule, average_bits
@@ -69,7 +70,8 @@ def run_fit_static(config: FitStaticConfig, inputs: Mapping[str, Path], out: Pat
         return [table[schedule.canonical(config.max_new_tokens)][s.id] for s in samples]
 
     high = score_turns(config.metric, completions(Schedule.parse(config.high)), references, config.encoder)
-    rows, lossless = [], []
+    rows: list[dict[str, Any]] = []
+    lossless: list[bool] = []
     for schedule in candidates:
         answers = completions(schedule)
         scores = score_turns(config.metric, answers, references, config.encoder)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from pmpd.artifacts import atomic, read_jsonl, write_jsonl
+from pmpd.artifacts import read_jsonl, write_jsonl, write_tensors
 from pmpd.models import context_length, load_tokenizer, materialize, resolve
 from pmpd.records import Sample
 from pmpd.stages.base import Stage, write_summary
@@ -131,8 +131,7 @@ def run_texts(config: TextsConfig, inputs: Mapping[str, Path], out: Path) -> Non
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
     )
-    with atomic(out / WINDOWS_FILE) as temporary:
-        save_file({"windows": cut}, temporary)
+    write_tensors(out / WINDOWS_FILE, {"windows": cut})
     write_summary(out, {"num_windows": cut.shape[0], "window_tokens": cut.shape[1], "num_texts": len(texts)})
 
 

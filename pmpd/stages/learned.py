@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from pmpd.artifacts import atomic, read_jsonl, write_jsonl
+from pmpd.artifacts import read_jsonl, write_jsonl, write_tensors
 from pmpd.decode import complete, prefill
 from pmpd.metrics import rouge_l
 from pmpd.records import Completion, Generation, Schedule, class_schedules
@@ -48,8 +48,7 @@ def run_features(config: FeaturesConfig, inputs: Mapping[str, Path], out: Path) 
             view = state.view(row)
             tensors[f"{samples[i].id}.keys"] = view.keys.contiguous().cpu()
             tensors[f"{samples[i].id}.values"] = view.values.contiguous().cpu()
-        with atomic(part) as temporary:
-            save_file(tensors, temporary)
+        write_tensors(part, tensors)
     write_summary(out, {"num_samples": len(samples)})
 
 
@@ -105,8 +104,7 @@ def run_train_learned(config: TrainLearnedConfig, inputs: Mapping[str, Path], ou
         holdout=config.holdout,
         seed=config.seed,
     )
-    with atomic(out / NETWORK_FILE) as temporary:
-        save_network(network, temporary)
+    save_network(network, out / NETWORK_FILE)
     names = [c.name for c in classes]
     counts = Counter(labels)
     write_summary(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from pmpd.artifacts import atomic
+from pmpd.artifacts import write_tensors
 from pmpd.models import LazyWeights, block_index, block_linears, linear_names
 from pmpd.quant import accumulate, quantize_weight
 from pmpd.stages.base import RuntimeConfig, Stage, write_summary
@@ -35,8 +34,7 @@ def run_sensitivity(config: SensitivityConfig, inputs: Mapping[str, Path], out: 
     model, _ = load(inputs["model"], None, config.runtime)
     sensitivity = accumulate(model, progress(windows, "sensitivity", len(windows)), block_linears(model))
     for block, names in _by_block(sensitivity).items():
-        with atomic(out / _shard(block)) as temporary:
-            save_file({name: sensitivity[name].to(torch.bfloat16) for name in names}, temporary)
+        write_tensors(out / _shard(block), {name: sensitivity[name].to(torch.bfloat16) for name in names})
     write_summary(
         out,
         {"num_windows": windows.shape[0], "window_tokens": windows.shape[1], "num_layers": len(sensitivity)},
@@ -76,8 +74,7 @@ def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) 
                         group_size=config.group_size,
                         solver=config.solver,
                     ).to_tensors(name)
-            with atomic(shard) as temporary:
-                save_file(tensors, temporary)
+            write_tensors(shard, tensors)
         stored_bytes += shard.stat().st_size
         with safe_open(shard, framework="pt") as stored:
             for name in names:
