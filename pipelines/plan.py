@@ -17,13 +17,15 @@ from pmpd.config import (
     Config,
     ConfigError,
     Device,
+    Metric,
     Overlong,
     SchedulerKind,
     check_precisions,
     grid,
     max_new_tokens,
 )
-from pmpd.models import digest, folder, needs_conversion, resolve
+from pmpd.metrics import encoder_folder
+from pmpd.models import ModelError, digest, folder, needs_conversion, resolve
 from pmpd.records import FP16_BITS, Schedule, class_schedules, schedule_family
 from pmpd.stages import RuntimeConfig, read_summary
 from pmpd.stages import inputs as inputs_
@@ -110,7 +112,7 @@ class Planner:
         self.max_new_tokens = max_new_tokens(config)
         self.source = resolve(config.model.path, config.model.revision)
         self.model = self._model()
-        budget, quantizer = config.budget, config.quantizer
+        budget, quantizer, trust = config.budget, config.quantizer, config.model.trust_remote_code
         self.texts_data = self._data(
             config.data.text_root or config.data.root,
             budget.text_dataset,
@@ -121,12 +123,12 @@ class Planner:
             budget.text_rows,
         )
         calibration = TEXTS.node(
-            inputs_.TextsConfig("calibration", budget.calibration_windows, budget.calibration_window_tokens),
+            inputs_.TextsConfig("calibration", budget.calibration_windows, budget.calibration_window_tokens, trust),
             model=self.model,
             data=self.texts_data,
         )
         self.perplexity_texts = TEXTS.node(
-            inputs_.TextsConfig("perplexity", budget.search_windows, budget.search_window_tokens),
+            inputs_.TextsConfig("perplexity", budget.search_windows, budget.search_window_tokens, trust),
             model=self.model,
             data=self.texts_data,
         )
@@ -139,7 +141,9 @@ class Planner:
             texts=calibration,
         )
         self.nested = QUANTIZE.node(
-            QuantizeConfig(quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size, quantizer.solver.value),
+            QuantizeConfig(
+                quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size, quantizer.solver.value, trust
+            ),
             model=self.model,
             sensitivity=sensitivity,
         )
@@ -220,11 +224,12 @@ class Planner:
                     high=Schedule.uniform(precisions.high).name,
                     metric=metrics[0],
                     tolerance=config.scheduler.tolerance,
-                    encoder=budget.bertscore_encoder,
+                    encoder=budget.bertscore_encoder if Metric.bertscore in task.metrics else "",
                     resamples=budget.bootstrap_resamples,
                     seed=config.seed,
                 ),
                 prompts=validation,
+                **self._encoder(),
                 **self._rollouts(validation, pmpd, precisions, self.max_new_tokens),
             )
         elif own and kind is SchedulerKind.learned:
@@ -242,18 +247,20 @@ class Planner:
                 curve=[s.name for s in pmpd] if kind in (SchedulerKind.static, SchedulerKind.learned) else [],
                 metrics=metrics,
                 max_new_tokens=self.max_new_tokens,
-                encoder=budget.bertscore_encoder,
+                encoder=budget.bertscore_encoder if Metric.bertscore in task.metrics else "",
                 resamples=budget.bootstrap_resamples,
                 seed=config.seed,
             ),
             prompts=prompts,
             **rollouts,
             **choice,
+            **self._encoder(),
         )
         estimate = ESTIMATE.node(
             EstimateConfig(
                 npu=dataclasses.asdict(config.hardware),
                 parent_bits=config.quantizer.parent_bits,
+                trust_remote_code=config.model.trust_remote_code,
                 resamples=budget.bootstrap_resamples,
                 seed=config.seed,
             ),
@@ -285,11 +292,25 @@ class Planner:
             training,
         )
 
+    def _encoder(self) -> dict[str, Input]:
+        """BERTScore's encoder as an input, by content, where the task asks for it."""
+        name = self.config.budget.bertscore_encoder
+        if Metric.bertscore not in self.config.task.metrics:
+            return {}
+        key, files = encoder_files(name)
+        return {"encoder": Root(name, key or digest_files(files, self.store.root / "digests.json"), Path)}
+
     def _learned(self, precisions: Precisions, prefill: int, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
         config, budget = self.config, self.config.budget
         scheduler = config.scheduler
         seeds = SEEDS.node(
-            inputs_.SeedsConfig(budget.seed_prompts, budget.seed_max_prompt_tokens, config.seed),
+            inputs_.SeedsConfig(
+                budget.seed_prompts,
+                budget.seed_max_prompt_tokens,
+                budget.seed_new_tokens,
+                config.seed,
+                config.model.trust_remote_code,
+            ),
             model=self.model,
             data=self.texts_data,
         )
@@ -348,7 +369,7 @@ class Planner:
         quantised = any(s.prefill_bits != FP16_BITS or s.levels != (FP16_BITS,) for s in schedules)
         return ROLLOUTS.node(
             RolloutsConfig(
-                schedules=[s.name for s in schedules],
+                schedules=sorted(s.name for s in schedules),
                 max_new_tokens=tokens,
                 template=self.config.model.prompt,
                 batch_size=self.config.budget.batch_size,
@@ -371,6 +392,7 @@ class Planner:
                 min_reference_words=task.min_reference_words,
                 max_new_tokens=self.max_new_tokens,
                 truncate=task.overlong is Overlong.truncate,
+                trust_remote_code=config.model.trust_remote_code,
             ),
             model=self.model,
             data=self._data(
@@ -411,6 +433,24 @@ def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
         config.scheduler, name=kind.value, kind=kind, prefill_bits=None, grid=None, switch_step=None
     )
     return dataclasses.replace(config, scheduler=scheduler)
+
+
+def encoder_files(encoder: str) -> tuple[str, list[Path]]:
+    """What BERTScore's encoder is: its key, and its files where it is local.
+
+    Raises:
+        EncoderError, ConfigError: it is not there, and the hub does not answer.
+    """
+    folder_ = encoder_folder(encoder)
+    if folder_ is None:
+        try:
+            return digest(resolve(encoder)), []
+        except ModelError as error:
+            raise ConfigError(
+                f"budget.bertscore_encoder={encoder} is not here: {error}. Without it: task.metrics=[rouge_l]"
+            ) from error
+    files = [p for p in folder_.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")]
+    return "", files
 
 
 def device_type(config: Config) -> str:

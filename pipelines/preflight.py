@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
 from collections.abc import Sequence
 
 import torch
 
-from pipelines.plan import Cell, MissingSearchError, Planner, device_type
+from pipelines.plan import Cell, MissingSearchError, Planner, device_type, encoder_files
 from pmpd.artifacts import Node
-from pmpd.config import Config, ConfigError, Metric, Solver
-from pmpd.metrics import encoder_folder
-from pmpd.models import architecture
+from pmpd.config import Config, ConfigError, Metric, SchedulerKind, Solver
 from pmpd.stages import STAGES
+
+log = logging.getLogger(__name__)
+
+BYTES_PER_WEIGHT = {".safetensors": 2.0, ".bin": 2.0, ".gguf": 0.55}
+"""How large a weight is in its file, at least: half precision, or the 4.5 bits of a Q4 GGUF."""
 
 
 class PreflightError(ConfigError):
@@ -31,34 +35,32 @@ def check_machine(config: Config) -> None:
     if config.quantizer.solver is Solver.lloyd and importlib.util.find_spec("flash1dkmeans") is None:
         raise PreflightError("quantizer.solver=lloyd needs flash1dkmeans: pip install 'pmpd[lloyd]'")
     if Metric.bertscore in config.task.metrics:
-        encoder_folder(config.budget.bertscore_encoder)
+        encoder_files(config.budget.bertscore_encoder)
 
 
-def check_disk(planner: Planner) -> float:
-    """GiB that the model's artifacts still need; refuses a disk that cannot hold them.
+def check_disk(planner: Planner) -> None:
+    """Refuse a disk that cannot hold what the model's artifacts still need, judged by the size of its weight files.
+
+    A hub model that is not downloaded yet has no size here, which is said.
 
     Raises:
         PreflightError: too little room below ``store``.
     """
     store = planner.store
-    missing = [n for n in planner.search.ancestors() if store.status(n) != "cached"]
-    stages = {n.stage for n in missing}
-    if not stages & {"sensitivity", "quantize"} or "weights" in stages:
-        parameters = 0
-    else:
-        shape = architecture(planner.store.materialize(planner.model, _refuse))
-        parameters = shape.num_layers * shape.block_parameters
-    bytes_each = 2.0 * ("sensitivity" in stages) + 1.25 * planner.config.quantizer.parent_bits / 8 * (
-        "quantize" in stages
-    )
-    needed_gib = parameters * bytes_each / 2**30 + 0.1
+    todo = {n.stage for n in planner.search.ancestors() if store.status(n) != "cached"}
+    weights = [f for f in planner.source.files if f.suffix in BYTES_PER_WEIGHT]
+    if not all(f.is_absolute() for f in weights):
+        log.info("the size of %s is known after its download, so disk space is not checked", planner.source.path)
+        return
+    parameters = sum(f.stat().st_size / BYTES_PER_WEIGHT[f.suffix] for f in weights)
+    bytes_each = {"weights": 2.0, "sensitivity": 2.0, "quantize": 1.25 * planner.config.quantizer.parent_bits / 8}
+    needed_gib = parameters * sum(v for stage, v in bytes_each.items() if stage in todo) / 2**30 + 0.1
     free_gib = shutil.disk_usage(store.root).free / 2**30
     if needed_gib > free_gib:
         raise PreflightError(
             f"the plan writes about {needed_gib:.1f} GiB below store={store.root}, where {free_gib:.1f} GiB are free; "
             "free some space or give store=DIR on another disk"
         )
-    return needed_gib
 
 
 def describe(planner: Planner, cells: Sequence[Cell]) -> str:
@@ -77,10 +79,10 @@ def describe(planner: Planner, cells: Sequence[Cell]) -> str:
     return "\n".join(lines)
 
 
-def cells_of(planner: Planner, kinds: Sequence[object]) -> list[Cell]:
+def cells_of(planner: Planner, kinds: Sequence[SchedulerKind]) -> list[Cell]:
     """The cells of ``kinds`` if their keys are known already, else none."""
     try:
-        return [planner.cell(kind) for kind in kinds]  # type: ignore[arg-type]
+        return [planner.cell(kind) for kind in kinds]
     except MissingSearchError:
         return []
 
@@ -98,10 +100,6 @@ def _amount(node: Node) -> str:
             count = prompts.config.get("limit") or prompts.config.get("count") or "all"
             return f" ({count} prompts x {len(config['schedules'])} schedules x {config['max_new_tokens']} tokens)"
     return ""
-
-
-def _refuse(node: Node, inputs: object, out: object) -> None:
-    raise AssertionError(f"preflight runs no stage, least of all {node.stage}")
 
 
 __all__ = ["PreflightError", "cells_of", "check_disk", "check_machine", "describe"]

@@ -25,7 +25,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pipelines.plan import Cell, MissingSearchError, Planner
+from pipelines.plan import Cell, Planner
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, read_json
 from pmpd.config import Config, from_omegaconf, max_new_tokens
@@ -75,7 +75,7 @@ def collect(cells: Sequence[Sequence[str]]) -> tuple[list[CellRecord], list[Miss
             command += " hydra.mode=RUN"
         try:
             records += cell_records([Planner(config, store).cell()], store)
-        except (MissingSearchError, FileNotFoundError, StoreError) as error:
+        except (ValueError, FileNotFoundError, StoreError) as error:
             missing.append(Missing(command, str(error)))
     assert config is not None
     return records, missing, config
@@ -149,19 +149,21 @@ class SweepReport(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook: the sweep's own overrides are the grid."""
-        choice = config.hydra.runtime.choices.get("experiment")
-        overrides = [str(o) for o in config.hydra.overrides.task]
-        report(overrides, PAPER / (choice or str(config.run_name)))
+        if report([str(o) for o in config.hydra.overrides.task], PAPER / str(config.run_name)):
+            sys.exit(1)
 
 
-def report(overrides: Sequence[str], out: Path) -> list[Missing]:
-    """Collect the grid behind ``overrides`` and write its report; missing cells are named and returned."""
+def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
+    """Collect the grid behind ``overrides`` and write its report; missing cells are named and returned.
+
+    ``out`` is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
+    """
     GlobalHydra.instance().clear()
     register()
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="report"):
-        records, missing, _ = collect(grid_of(overrides))
+        records, missing, config = collect(grid_of(overrides))
     if records:
-        write_report(records, out)
+        write_report(records, out or PAPER / config.run_name)
     for cell in missing:
         log.warning("missing: %s\n  fill it with: %s", cell.reason, cell.command)
     return missing
@@ -174,9 +176,8 @@ def main() -> int:
     if len(overrides) != len(sys.argv) - 1:
         print(__doc__)
         return 0 if {"-h", "--help"} & set(sys.argv) else 2
-    experiment = next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "run")
     try:
-        missing = report(overrides, PAPER / experiment)
+        missing = report(overrides)
     except (ValueError, StoreError, HydraException, OmegaConfBaseException) as error:
         log.error("error: %s", error)
         return 1
@@ -199,7 +200,7 @@ def _latency_rows(cell: Cell, store: Store) -> list[dict[str, Any]]:
     return [
         {
             "quantity": f"latency_{row['bits']}_bits",
-            "unit": f"ms a decode step, median, on {timing['device']}; {timing['weights']}",
+            "unit": f"ms a decode step, median and 10 % and 90 % quantiles, on {timing['device']}; {timing['weights']}",
             "value": row["median_ms"],
             "ci_low": row["p10_ms"],
             "ci_high": row["p90_ms"],

@@ -24,7 +24,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from pipelines.plan import BASELINES, Cell, Planner
@@ -33,7 +35,7 @@ from pipelines.report import cell_records, write_report
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError
 from pmpd.config import Config, from_omegaconf
-from pmpd.stages import execute, read_summary
+from pmpd.stages import SUMMARY, execute, read_summary
 from pmpd.tracking import Tracker, open_tracker
 
 log = logging.getLogger("pmpd.run")
@@ -101,17 +103,18 @@ class Builder:
         self.store.materialize(target, self._execute)
         for node in target.ancestors():
             path = self.store.path(node)
-            if node.key in self._tracked or not path.exists():
+            if node.key in self._tracked or not (path / SUMMARY).exists():
                 continue
             self._tracked.add(node.key)
             summary = read_summary(path)
             inputs = {name: parent.key for name, parent in node.inputs.items()}
+            label = _label(node)
             self.tracker.lineage(node.stage, node.key, inputs, str(path), node.key not in self._built)
-            self.tracker.metrics(node.stage, {k: v for k, v in summary["metrics"].items() if v is not None})
+            self.tracker.metrics(label, {k: v for k, v in summary["metrics"].items() if v is not None})
             for name, rows in summary["curves"].items():
-                self.tracker.curve(node.stage, name, rows)
+                self.tracker.curve(label, name, rows)
             for name, rows in summary["tables"].items():
-                self.tracker.table(node.stage, name, rows)
+                self.tracker.table(label, name, rows)
 
     def _execute(self, node: Node, inputs: Mapping[str, Path], work: Path) -> None:
         started = time.monotonic()
@@ -119,6 +122,13 @@ class Builder:
         execute(node, inputs, work)
         log.info("%-13s %s done in %.1f s", node.stage, node.key, time.monotonic() - started)
         self._built.add(node.key)
+
+
+def _label(node: Node) -> str:
+    """The stage, with the scheduler where a run has one of each: ``evaluate/static``."""
+    evaluation = node.inputs.get("evaluation", node)
+    scheduler = evaluation.config.get("scheduler") if isinstance(evaluation, Node) else None
+    return f"{node.stage}/{scheduler}" if scheduler else node.stage
 
 
 def _say_search(cell: Cell, store: Store) -> None:
@@ -156,11 +166,13 @@ def main(node: DictConfig) -> None:
     out = Path(runtime.runtime.output_dir)
     try:
         run_cell(from_omegaconf(node), out, out.name)
-    except (ValueError, StoreError) as error:
+    except (ValueError, StoreError, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         log.error("error: %s", error)
-        sys.exit(1)
+        if runtime.mode is not RunMode.MULTIRUN:
+            sys.exit(1)
+        log.error("the sweep goes on; its report will name this cell")
     except KeyboardInterrupt:
         log.error("interrupted; the same command goes on from here")
         sys.exit(130)

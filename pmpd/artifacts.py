@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 KEY_LENGTH = 16
 MANIFEST = "artifact.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoreError(RuntimeError):
@@ -116,19 +117,23 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._verified: set[str] = set()
-        marker = root / "store.json"
-        if marker.exists():
-            found = read_json(marker).get("format")
+        marker, lock = root / "store.json", root / "store.lock"
+        strangers = root.exists() and any(p.suffix not in (".lock", ".tmp") for p in root.iterdir())
+        if strangers and not marker.exists():
+            raise StoreError(f"{root} is not empty and is no store (it has no store.json); give another store=DIR")
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(lock)):  # two first runs may start together
+            if not marker.exists():
+                write_json(marker, {"format": FORMAT})
+            try:
+                found = dict(read_json(marker)).get("format")
+            except ValueError as error:
+                raise StoreError(f"{marker} is damaged ({error}); give another store=DIR") from error
             if found != FORMAT:
                 raise StoreError(
                     f"the store {root} has format {found}, this version ({__version__}) writes format {FORMAT}; "
                     "use another folder (store=DIR), or the version that wrote it"
                 )
-        elif root.exists() and any(root.iterdir()):
-            raise StoreError(f"{root} is not empty and is no store (it has no store.json); give another store=DIR")
-        else:
-            root.mkdir(parents=True, exist_ok=True)
-            write_json(marker, {"format": FORMAT})
 
     def path(self, node: Node) -> Path:
         return self.root / node.stage / node.key
@@ -184,18 +189,19 @@ class Store:
                 pass
             except DamagedArtifactError as error:
                 log.warning("damaged artifact, built again: %s", error)
+            if path.exists():  # damaged, or a removal like this one that was killed halfway
                 shutil.rmtree(path)
             inputs = {name: self.materialize(parent, execute) for name, parent in item.inputs.items()}
             work = self.work(item)
             try:
                 work.mkdir(exist_ok=True)
-                for leftover in work.rglob("*.tmp"):
+                for leftover in [*work.rglob("*.tmp"), *work.rglob(".tmp*")]:  # ours, and safetensors' own
                     leftover.unlink()
                 started = time.monotonic()
                 execute(item, inputs, work)
                 self._publish(item, work, time.monotonic() - started)
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in DISK_FULL:
                     raise
                 raise StoreError(
                     f"the disk of {self.root} is full while {item.stage} ({item.key}) was being written; "
@@ -291,9 +297,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with atomic(path) as temporary:
         try:
             save_file(dict(tensors), temporary, dict(metadata) if metadata else None)
+            temporary.chmod(0o666 & ~_umask())  # the library's own temporary file is readable by its owner only
         except SafetensorError as error:
-            if f"os error {errno.ENOSPC}" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            for code in DISK_FULL:
+                if f"os error {code}" in str(error):
+                    raise OSError(code, os.strerror(code), str(path)) from error
             raise
 
 
@@ -317,6 +325,13 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 def read_jsonl(path: Path) -> list[Any]:
     with path.open(encoding="utf-8") as stream:
         return [json.loads(line) for line in stream if line.strip()]
+
+
+def _umask() -> int:
+    """The process's mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _fsync(path: Path) -> None:

@@ -325,6 +325,13 @@ def check(config: Config) -> None:
     for name, value in positive.items():
         if value is not None and value <= 0:
             refuse(name, value, "more than 0")
+    for name, number in (
+        ("budget.search_tolerance", budget.search_tolerance),
+        ("scheduler.tolerance", scheduler.tolerance),
+        ("seed", config.seed),
+    ):
+        if not number >= 0:
+            refuse(name, number, "0 or more")
     if budget.search_window_tokens < 4:
         refuse("budget.search_window_tokens", budget.search_window_tokens, "at least 4")
     if budget.seed_max_prompt_tokens < 33:

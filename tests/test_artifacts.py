@@ -94,6 +94,27 @@ def test_a_failed_stage_leaves_nothing_that_looks_finished_and_keeps_its_parts(t
     ]
 
 
+def test_a_removal_that_was_killed_halfway_is_built_again(tmp_path):
+    path = Store(tmp_path / "s").materialize(node(), write)
+    (path / "artifact.json").unlink()
+    assert (Store(tmp_path / "s").materialize(node(), write) / "artifact.json").exists()
+
+
+def test_temporary_files_of_a_killed_writer_are_not_published(tmp_path):
+    store = Store(tmp_path / "s")
+    store.work(node()).mkdir(parents=True)
+    for name in (".tmpA1b2", "x.json.7.tmp"):
+        (store.work(node()) / name).write_text("half")
+    names = {p.name for p in store.materialize(node(), write).iterdir()}
+    assert names == {"artifact.json", "value.json"}
+
+
+def test_a_store_that_another_process_is_just_making_is_no_stranger(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "store.json.99.tmp").write_text("")
+    Store(tmp_path / "s")
+
+
 @pytest.mark.parametrize("damage", ["change", "remove", "manifest"])
 def test_a_damaged_artifact_is_named_and_rebuilt_never_used(tmp_path, damage, caplog):
     Store(tmp_path / "s").materialize(node(), write)

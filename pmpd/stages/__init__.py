@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pmpd.artifacts import Node
-from pmpd.stages.base import RuntimeConfig, Stage, read_summary
+from pmpd.stages.base import SUMMARY, RuntimeConfig, Stage, read_summary
 from pmpd.stages.evaluate import EVALUATE
 from pmpd.stages.fit_static import FIT_STATIC
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
@@ -43,4 +43,4 @@ def execute(node: Node, inputs: Mapping[str, Path], out: Path) -> None:
     STAGES[node.stage].execute(node.config, inputs, out)
 
 
-__all__ = ["STAGES", "RuntimeConfig", "Stage", "execute", "read_summary"]
+__all__ = ["STAGES", "SUMMARY", "RuntimeConfig", "Stage", "execute", "read_summary"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pmpd.artifacts import read_jsonl, write_json, write_jsonl
 from pmpd.records import Completion, Generation, Interval, Sample, Schedule, average_bits
 from pmpd.stages.base import Stage, write_summary
@@ -77,7 +79,7 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
             add(f"{name} minus {other}", unit, difference)
             if other == "high":
                 drop = scores.detectable_drop(theirs, config.resamples, config.seed)
-                add(f"{name} detectable drop", unit, Interval(drop, drop, drop, difference.n))
+                results.append(exact(f"{name} detectable drop", unit, drop, difference.n))
 
     per_sample: list[dict[str, Any]] = [{"id": s.id, "category": s.category} for s in samples]
     fp16_answers = in_order(samples, fp16)
@@ -124,13 +126,13 @@ def add_bits(results: list[dict[str, Any]], own: Sequence[Completion], resamples
     if decoded:
         by_sequence = mean_scores([average_bits(bits) for bits in decoded])
         results.append(result("average_bits", "bits, mean over sequences", by_sequence.interval(resamples, seed)))
-        every = [bits for sequence in decoded for bits in sequence]
-        mean = sum(every) / len(every)
-        results.append(result("average_bits_tokens", "bits, mean over tokens", Interval(mean, mean, mean, len(every))))
+        by_token = Scores(
+            np.array([[sum(bits), len(bits)] for bits in decoded], float), lambda total: total[..., 0] / total[..., 1]
+        )
+        results.append(result("average_bits_tokens", "bits, mean over tokens", by_token.interval(resamples, seed)))
     lengths = mean_scores([sum(len(g.token_ids) for g in c.generations) for c in own])
     results.append(result("new_tokens", "tokens a sample", lengths.interval(resamples, seed)))
-    skipped = float(len(own) - len(decoded))
-    results.append(result("no_decode_step", "sequences", Interval(skipped, skipped, skipped, len(own))))
+    results.append(exact("no_decode_step", "samples", len(own) - len(decoded), len(own)))
 
 
 def _curve(
@@ -150,8 +152,9 @@ def _curve(
         bits = [average_bits(c.decode_bits) for c in answers if c.decode_bits]
         rows.append(
             {
-                "schedule": name,
+                "switch_step": schedule.switch_steps[0],
                 "switch_steps": list(schedule.switch_steps),
+                "schedule": name,
                 "average_bits": sum(bits) / len(bits) if bits else None,
                 **result(config.metrics[0], unit_of(config.metrics[0], config.encoder), interval),
             }
@@ -169,6 +172,11 @@ def result(quantity: str, unit: str, interval: Interval) -> dict[str, Any]:
         "ci_high": interval.high,
         "n": interval.n,
     }
+
+
+def exact(quantity: str, unit: str, value: float, n: int) -> dict[str, Any]:
+    """A row for a number that has no interval: a count, or a property of the sample."""
+    return {"quantity": quantity, "unit": unit, "value": value, "ci_low": None, "ci_high": None, "n": n}
 
 
 def in_order(samples: Sequence[Sample], completions: Mapping[str, Completion]) -> list[Completion]:

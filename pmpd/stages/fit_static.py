@@ -81,8 +81,9 @@ def run_fit_static(config: FitStaticConfig, inputs: Mapping[str, Path], out: Pat
         lossless.append(scores.value() >= high.value() - config.tolerance)
         rows.append(
             {
-                "schedule": schedule.name,
+                "switch_step": schedule.switch_steps[0],
                 "switch_steps": list(schedule.switch_steps),
+                "schedule": schedule.name,
                 "average_bits": mean_scores(bits).value() if bits else None,
                 "metric": config.metric,
                 "value": interval.value,
@@ -106,7 +107,7 @@ def run_fit_static(config: FitStaticConfig, inputs: Mapping[str, Path], out: Pat
             "lossless": chosen is not None,
             "high": high.value(),
             "n": len(samples),
-            "detectable_drop": rows[index]["detectable_drop"],
+            "detectable_drop": max(r["detectable_drop"] for r in rows),
         },
         curves={"switch_step": rows},
     )

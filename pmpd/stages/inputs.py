@@ -69,6 +69,7 @@ class PromptsConfig:
     min_reference_words: int
     max_new_tokens: int
     truncate: bool
+    trust_remote_code: bool
 
 
 def run_prompts(config: PromptsConfig, inputs: Mapping[str, Path], out: Path) -> None:
@@ -86,8 +87,8 @@ def run_prompts(config: PromptsConfig, inputs: Mapping[str, Path], out: Path) ->
         min_reference_words=config.min_reference_words,
         split=config.split,
     )
-    prompter = load_prompter(inputs["model"], config.template)
-    room = context_length(inputs["model"]) - config.max_new_tokens
+    prompter = load_prompter(inputs["model"], config.template, config.trust_remote_code)
+    room = context_length(inputs["model"], config.trust_remote_code) - config.max_new_tokens
     records, num_shortened = [], 0
     for sample in samples:
         turns = list(sample.turns)
@@ -111,22 +112,24 @@ def run_prompts(config: PromptsConfig, inputs: Mapping[str, Path], out: Path) ->
 
 @dataclass(frozen=True)
 class TextsConfig:
-    """Windows of plain text for one role (``calibration`` or ``perplexity``)."""
+    """Windows of plain text for one role (``calibration`` or ``perplexity``), no longer than the model's context."""
 
     role: str
     count: int
     window_tokens: int
+    trust_remote_code: bool
 
 
 def run_texts(config: TextsConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write ``windows`` int64 ``[count, window_tokens]``."""
     texts = role_rows(read_rows(data_file(inputs["data"]), ("text",)), config.role)
-    tokenizer = load_tokenizer(inputs["model"])
+    tokenizer = load_tokenizer(inputs["model"], config.trust_remote_code)
+    context = context_length(inputs["model"], config.trust_remote_code)
     cut = windows(
         texts,
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         config.count,
-        config.window_tokens,
+        min(config.window_tokens, context),
         role=config.role,
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
@@ -141,14 +144,19 @@ class SeedsConfig:
 
     count: int
     max_tokens: int
+    max_new_tokens: int
     seed: int
+    trust_remote_code: bool
 
 
 def run_seeds(config: SeedsConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Write the seed prompts as samples without references (the paper cuts 256 C4 texts, at 32 tokens or more)."""
     texts = role_rows(read_rows(data_file(inputs["data"]), ("text",)), "seeds")
-    prompter = load_prompter(inputs["model"], PLAIN)
-    prompts = seed_prompts(texts, prompter.raw_ids, config.count, max_tokens=config.max_tokens, seed=config.seed)
+    prompter = load_prompter(inputs["model"], PLAIN, config.trust_remote_code)
+    room = context_length(inputs["model"], config.trust_remote_code) - config.max_new_tokens
+    prompts = seed_prompts(
+        texts, prompter.raw_ids, config.count, max_tokens=min(config.max_tokens, room), seed=config.seed
+    )
     records = [
         {
             **sample_to_json(Sample(id=f"seed_{i}", turns=(prompter.text(ids),), raw=True)),

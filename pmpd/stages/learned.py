@@ -152,7 +152,7 @@ def run_decide(config: DecideConfig, inputs: Mapping[str, Path], out: Path) -> N
     table = read_rollouts(inputs["rollouts"])
     classes = class_schedules(config.prefill_bits, config.levels, config.max_new_tokens)
     scheduler = Learned(load_network(inputs["scheduler"] / NETWORK_FILE), config.prefill_bits, classes)
-    prompter = load_prompter(inputs["model"], config.template)
+    prompter = load_prompter(inputs["model"], config.template, config.runtime.trust_remote_code)
     model, cell = load(inputs["model"], inputs["nested"], config.runtime)
     answers: list[list[Generation]] = [[] for _ in samples]
     batches = by_length(prompts, config.batch_size)

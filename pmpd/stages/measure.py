@@ -19,7 +19,7 @@ import torch
 from pmpd.artifacts import write_json
 from pmpd.decode import decode, prefill
 from pmpd.hardware import NPU, generation_time_s, time_steps
-from pmpd.models import architecture
+from pmpd.models import architecture, context_length
 from pmpd.records import FP16_BITS, Schedule, Step
 from pmpd.schedulers import Fixed
 from pmpd.stages.base import RuntimeConfig, Stage, write_summary
@@ -35,6 +35,7 @@ class EstimateConfig:
 
     npu: dict[str, Any]
     parent_bits: int
+    trust_remote_code: bool
     resamples: int
     seed: int
 
@@ -46,7 +47,7 @@ def run_estimate(config: EstimateConfig, inputs: Mapping[str, Path], out: Path) 
     contexts) over its own, so it does not mix in that another precision writes longer or shorter.
     """
     npu = NPU(**config.npu)
-    shape = architecture(inputs["model"])
+    shape = architecture(inputs["model"], config.trust_remote_code)
     decode_rate, decode_gain, total_gain, time_bits = [], [], [], []
     for completion in read_completions(inputs["evaluation"]):
         own = np.zeros(2)
@@ -96,7 +97,8 @@ class LatencyConfig:
 def run_latency(config: LatencyConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Median milliseconds of a decode step at each precision, with the device and the kind of kernel named."""
     model, cell = load(inputs["model"], inputs["nested"], config.runtime)
-    prompt = read_windows(inputs["texts"]).flatten()[: config.context_tokens].tolist()
+    limit = context_length(inputs["model"], config.runtime.trust_remote_code) - config.num_tokens - 1
+    prompt = read_windows(inputs["texts"]).flatten()[: min(config.context_tokens, limit)].tolist()
     rows = []
     for bits in progress(config.bits, "latency"):
 

@@ -1,4 +1,4 @@
-"""Sensitivity and the nested quantiser, a block at a time: killed in block k, resumed in block k."""
+"""Sensitivity, and the nested quantiser that it weights: killed in block k, the quantiser resumes in block k."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class QuantizeConfig:
     parent_bits: int
     group_size: int | None
     solver: str
+    trust_remote_code: bool
 
 
 def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) -> None:
@@ -58,7 +59,7 @@ def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) 
     killed run finished is kept.
     """
     weights = LazyWeights(inputs["model"])
-    blocks = _by_block(linear_names(inputs["model"]))
+    blocks = _by_block(linear_names(inputs["model"], config.trust_remote_code))
     num_weights = stored_bytes = 0
     for block, names in progress(blocks.items(), "quantise", len(blocks)):
         shard = out / _shard(block)

@@ -38,7 +38,7 @@ def run_rollouts(config: RolloutsConfig, inputs: Mapping[str, Path], out: Path) 
     """Write ``batch_*.jsonl``: a row a sample and schedule, with each turn's generation."""
     samples, prompts = read_samples(inputs["prompts"])
     schedules = [Schedule.parse(name) for name in config.schedules]
-    prompter = load_prompter(inputs["model"], config.template)
+    prompter = load_prompter(inputs["model"], config.template, config.runtime.trust_remote_code)
     batches = by_length(prompts, config.batch_size)
     parts = [out / f"batch_{k:05d}.jsonl" for k in range(len(batches))]
     if not all(part.exists() for part in parts):

@@ -26,11 +26,11 @@ def load(model: Path, nested: Path | None, runtime: RuntimeConfig) -> tuple[PreT
     return loaded, attach(loaded, nested) if nested is not None else None
 
 
-def load_prompter(model: Path, template: str) -> Prompter:
+def load_prompter(model: Path, template: str, trust_remote_code: bool) -> Prompter:
     """Prompts for the model in ``model``, which end where its tokenizer or its generation config says."""
     has_config = (model / GENERATION_CONFIG_NAME).exists()
     generation = GenerationConfig.from_pretrained(model) if has_config else None
-    return Prompter(load_tokenizer(model), template, generation)
+    return Prompter(load_tokenizer(model, trust_remote_code), template, generation)
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> Iterable[T]:

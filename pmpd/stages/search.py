@@ -91,11 +91,13 @@ def run_search(config: SearchConfig, inputs: Mapping[str, Path], out: Path) -> N
         cell.drop(bits)
 
     def pair_perplexity(prefill_bits: int, decode_bits: int) -> float:
+        for bits in nested:
+            if bits not in (prefill_bits, decode_bits):
+                cell.drop(bits)
         total, count = two_phase_nll(model, cell, windows, half, prefill_bits, decode_bits, batch_size=batch)
         return perplexity(total, count)
 
     fp16_half = pair_perplexity(FP16_BITS, FP16_BITS)
-    cell.drop(FP16_BITS)
     pair, scores = cheapest_pair(nested, pair_perplexity, fp16_half * (1 + config.tolerance))
 
     lossless = lowest_lossless(curve, config.tolerance)

@@ -30,13 +30,13 @@ from tests.tiny import tiny_model_dir
 
 GOLDEN: dict[str, tuple[int, str]] = {
     "decide": (1, "220c4343fc927d2d"),
-    "estimate": (1, "f8f6f7c969f6355c"),
-    "evaluate": (1, "6b87d3169e4c474d"),
+    "estimate": (1, "84fdba576f379e66"),
+    "evaluate": (1, "992c090ac218ba7d"),
     "features": (1, "1c899026885b75dc"),
     "fit_static": (1, "2e9476430a3c7874"),
     "prompts": (1, "e876010f46db576b"),
     "quantize": (1, "a8393d53ee53b8bb"),
-    "rollouts": (1, "48d77079169e4b6f"),
+    "rollouts": (1, "db5823ad716863cc"),
     "search": (1, "be72737e8da7d8e7"),
     "seeds": (1, "bf373a6d498b74ed"),
     "sensitivity": (1, "7d4b279af76ebcc2"),
@@ -88,7 +88,11 @@ def fingerprint(node: Node, path: Path) -> Any:
         case "decide":
             return [[g["token_ids"] for g in row["generations"]] for row in read_jsonl(path / "completions.jsonl")]
         case "evaluate" | "estimate":
-            return {r["quantity"]: [*significant([r["value"]], 3), r["n"]] for r in read_json(path / "results.json")}
+            numbers = ("value", "ci_low", "ci_high")
+            return {
+                r["quantity"]: [r["n"], *(significant(r[k]) for k in numbers if r[k] is not None)]
+                for r in read_json(path / "results.json")
+            }
     raise AssertionError(f"no fingerprint for stage {node.stage}")
 
 

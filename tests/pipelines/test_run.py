@@ -25,7 +25,11 @@ from pipelines.schema import register
 from pmpd.artifacts import Store
 from pmpd.config import Config, from_omegaconf
 from pmpd.models import ModelError
+from pmpd.records import Schedule
 from pmpd.report import COLUMNS
+from pmpd.stages.inputs import read_samples
+from pmpd.stages.rollouts import read_rollouts
+from pmpd.stages.runtime import load_prompter
 from pmpd.tasks import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -152,10 +156,18 @@ def test_each_policy_keeps_its_own_first_answer(store, tiny_llama, tmp_path, two
     config = cell(*lines)
     run_cell(config, tmp_path / "out", "0")
     planned = Planner(config, Store(store)).cell().evaluation
+    prompter = load_prompter(tiny_llama, config.model.prompt, False)
+    samples, _ = read_samples(Store(store).verify(planned.inputs["prompts"]))
+    turns = {s.id: s.turns for s in samples}
+    fp16 = read_rollouts(Store(store).verify(planned.inputs["rollouts_fp16"]))[Schedule.uniform(16)]
+    differs = 0
     for line in (Store(store).verify(planned) / "completions.jsonl").read_text().splitlines():
-        first, second = json.loads(line)["generations"]
-        turn = json.loads(line)["id"]
-        assert second["prompt_tokens"] > first["prompt_tokens"] + len(first["token_ids"]) - 1, turn
+        row = json.loads(line)
+        first, second = row["generations"]
+        asked = prompter.ids(turns[row["id"]], [first["text"]])
+        assert second["prompt_tokens"] == len(asked)
+        differs += len(asked) != len(prompter.ids(turns[row["id"]], [fp16[row["id"]].generations[0].text]))
+    assert differs, "every first answer is as long as fp16's: this test shows nothing"
     frame = pd.read_csv(tmp_path / "out" / "results.csv")
     assert frame[(frame.scheduler == "fp16") & (frame.metric == "rouge_l")].value.item() == pytest.approx(100)
 
@@ -259,12 +271,15 @@ def test_kill_9_in_a_stage_then_the_same_command_finishes(tiny_llama, tmp_path, 
     deadline = time.monotonic() + 120
     while not list((tmp_path / "store").glob("quantize/*.work")) and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert victim.poll() is None, "finished before it could be killed"
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
+    killed = time.time()
     assert not list((tmp_path / "store").glob("evaluate/*/artifact.json"))
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "sensitivity" in done.stdout
+    [texts] = [p for p in (tmp_path / "store").glob("sensitivity/*/artifact.json") if p.stat().st_mtime < killed]
+    assert f"sensitivity {texts.parent.name} cached" in " ".join(done.stdout.split())
     frame = pd.read_csv(tmp_path / "out" / "results.csv")
     uninterrupted = pd.read_csv(store.parent / "high" / "results.csv")
     same = frame.metric.isin(["rouge_l", "agreement", "average_bits"])
