@@ -9,7 +9,7 @@ run: $(VENV)/.installed
 	$(BIN)/python pipelines/run.py experiment=quickstart
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
