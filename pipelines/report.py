@@ -95,7 +95,7 @@ def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
         results += _latency_rows(cell, store)
         records.append(
             CellRecord(
-                model=cell.config.model.name,
+                model=model_name(cell.config),
                 task=cell.config.task.name,
                 scheduler=cell.config.scheduler.name,
                 prefill_bits=cell.prefill_bits,
@@ -112,6 +112,11 @@ def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
     return records
 
 
+def model_name(config: Config) -> str:
+    """What a table calls the model: its name, or for ``model=hf`` the last part of its path."""
+    return Path(config.model.path).name if config.model.name == "hf" else config.model.name
+
+
 def write_report(records: Sequence[CellRecord], out: Path) -> str:
     """Write ``results.csv``, ``table.md`` and the figures below ``out``; show the tables.
 
@@ -122,7 +127,21 @@ def write_report(records: Sequence[CellRecord], out: Path) -> str:
     tidy(list(records)).to_csv(out / "results.csv", index=False)
     groups: dict[tuple[str, str], list[CellRecord]] = {}
     for record in records:
-        groups.setdefault((record.model, record.task), []).append(record)
+        group = groups.setdefault((record.model, record.task), [])
+        for other in group:
+            if (other.scheduler, other.prefill_bits, other.levels) == (
+                record.scheduler,
+                record.prefill_bits,
+                record.levels,
+            ):
+                log.warning(
+                    "two cells of %s, %s, %s differ in something that the table does not show; tell them by their key "
+                    "in results.csv",
+                    record.model,
+                    record.task,
+                    record.scheduler,
+                )
+        group.append(record)
     texts, figures = [], []
     for (model, task), group in groups.items():
         texts.append(f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}")
@@ -244,7 +263,7 @@ def _caption(group: Sequence[CellRecord]) -> str:
         lines.append(f"NPU: {npu['unit']}.")
     if timings:
         steps = ", ".join(f"{r['quantity'].split('_')[1]} bits {r['value']:.1f}" for r in timings)
-        lines.append(f"Measured here, {timings[0]['unit']}: {steps}.")
+        lines.append(f"Measured, {timings[0]['unit']}: {steps}.")
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ from pipelines.plan import BASELINES, Cell, Planner
 from pipelines.preflight import cells_of, check_disk, check_machine, describe
 from pipelines.report import cell_records, write_report
 from pipelines.schema import register
-from pmpd.artifacts import Node, Store, StoreError
+from pmpd.artifacts import Node, Store, StoreError, disk_is_full
 from pmpd.config import Config, from_omegaconf
 from pmpd.stages import SUMMARY, execute, read_summary
 from pmpd.tracking import Tracker, open_tracker
@@ -173,6 +173,11 @@ def main(node: DictConfig) -> None:
         if runtime.mode is not RunMode.MULTIRUN:
             sys.exit(1)
         log.error("the sweep goes on; its report will name this cell")
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        log.error("error: the disk is full (%s); free some space and run the same command again", error)
+        sys.exit(1)
     except KeyboardInterrupt:
         log.error("interrupted; the same command goes on from here")
         sys.exit(130)

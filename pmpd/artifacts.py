@@ -200,8 +200,8 @@ class Store:
                 started = time.monotonic()
                 execute(item, inputs, work)
                 self._publish(item, work, time.monotonic() - started)
-            except OSError as error:
-                if error.errno not in DISK_FULL:
+            except (OSError, SafetensorError) as error:
+                if not disk_is_full(error):
                     raise
                 raise StoreError(
                     f"the disk of {self.root} is full while {item.stage} ({item.key}) was being written; "
@@ -289,20 +289,17 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically.
-
-    Raises:
-        OSError: ENOSPC on a full disk, which the library reports as an error of its own.
-    """
+    """Write a safetensors file atomically."""
     with atomic(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, dict(metadata) if metadata else None)
-            temporary.chmod(0o666 & ~_umask())  # the library's own temporary file is readable by its owner only
-        except SafetensorError as error:
-            for code in DISK_FULL:
-                if f"os error {code}" in str(error):
-                    raise OSError(code, os.strerror(code), str(path)) from error
-            raise
+        save_file(dict(tensors), temporary, dict(metadata) if metadata else None)
+        temporary.chmod(0o666 & ~_umask())  # the library's own temporary file is readable by its owner only
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether ``error`` says that a disk, or a quota, is full; safetensors says it in an error of its own."""
+    if isinstance(error, SafetensorError):
+        return any(f"os error {code}" in str(error) for code in DISK_FULL)
+    return isinstance(error, OSError) and error.errno in DISK_FULL
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -83,7 +83,7 @@ def test_every_scheduler_ends_in_a_table_and_figures(store, scheduler):
     assert {"rouge_l", "rouge_l minus high", "agreement", "average_bits", "npu_decode_speedup"} <= set(own.index)
     assert own.loc["rouge_l", "n"] == 4
     assert (own.key.str.len() == 16).all()
-    for figure in ("quality_hf_cnndm", "perplexity_hf"):
+    for figure in ("quality_llama-0_cnndm", "perplexity_llama-0"):
         assert (out / f"{figure}.png").exists()
         assert (out / f"{figure}.pdf").exists()
     assert scheduler in (out / "table.md").read_text()
@@ -264,31 +264,39 @@ def test_bad_input_is_refused_before_anything_expensive(tiny_llama, tmp_path, mo
     assert not list((tmp_path / "store").glob("sensitivity/*/artifact.json"))
 
 
-def test_kill_9_in_a_stage_then_the_same_command_finishes(tiny_llama, tmp_path, store):
+def identical(one: Path, two: Path) -> int:
+    """Compare the digests of every artifact that both stores hold, times apart; returns how many there were."""
+    count = 0
+    for manifest in one.glob("*/*/artifact.json"):
+        other = two / manifest.relative_to(one)
+        if other.exists() and manifest.parts[-3] != "latency":
+            assert json.loads(manifest.read_text())["files"] == json.loads(other.read_text())["files"], manifest
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_in_a_stage_goes_on_and_ends_bit_identical(tiny_llama, tmp_path, store, how):
     lines = overrides(tiny_llama, tmp_path / "store", "scheduler=high", f"hydra.run.dir={tmp_path / 'out'}")
     command = [sys.executable, "pipelines/run.py", *lines]
-    victim = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    victim = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "store").glob("quantize/*.work")) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert victim.poll() is None, "finished before it could be killed"
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
+    os.kill(victim.pid, how)
+    said, _ = victim.communicate(timeout=60)
     killed = time.time()
+    if how is signal.SIGINT:
+        assert victim.returncode == 130
+        assert "interrupted" in said
+        assert "Traceback" not in said
     assert not list((tmp_path / "store").glob("evaluate/*/artifact.json"))
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     [texts] = [p for p in (tmp_path / "store").glob("sensitivity/*/artifact.json") if p.stat().st_mtime < killed]
     assert f"sensitivity {texts.parent.name} cached" in " ".join(done.stdout.split())
-    frame = pd.read_csv(tmp_path / "out" / "results.csv")
-    uninterrupted = pd.read_csv(store.parent / "high" / "results.csv")
-    same = frame.metric.isin(["rouge_l", "agreement", "average_bits"])
-    pd.testing.assert_frame_equal(
-        frame[same & (frame.scheduler == "high")].reset_index(drop=True),
-        uninterrupted[
-            uninterrupted.metric.isin(["rouge_l", "agreement", "average_bits"]) & (uninterrupted.scheduler == "high")
-        ].reset_index(drop=True),
-    )
+    assert identical(tmp_path / "store", store) >= 8
 
 
 def test_a_users_mistake_is_one_line_not_a_traceback(tmp_path):
