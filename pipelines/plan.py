@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from pmpd.artifacts import Input, Node, Root, Store, digest_files
+from pipelines.sources import data_input, device_type, encoder_input, model_input
+from pmpd.artifacts import Input, Node, Store
 from pmpd.config import (
     Config,
     ConfigError,
-    Device,
     Metric,
     Overlong,
     SchedulerKind,
@@ -24,8 +21,7 @@ from pmpd.config import (
     grid,
     max_new_tokens,
 )
-from pmpd.metrics import encoder_folder
-from pmpd.models import ModelError, digest, folder, needs_conversion, resolve
+from pmpd.models import resolve
 from pmpd.records import FP16_BITS, Schedule, class_schedules, schedule_family
 from pmpd.stages import RuntimeConfig, read_summary
 from pmpd.stages import inputs as inputs_
@@ -44,7 +40,6 @@ from pmpd.stages.measure import ESTIMATE, LATENCY, EstimateConfig, LatencyConfig
 from pmpd.stages.quantization import QUANTIZE, SENSITIVITY, QuantizeConfig, SensitivityConfig
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
-from pmpd.tasks import hub_commit, locate
 
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
@@ -111,9 +106,13 @@ class Planner:
         self.store = store
         self.max_new_tokens = max_new_tokens(config)
         self.source = resolve(config.model.path, config.model.revision)
-        self.model = self._model()
+        self.digests = store.root / "digests.json"
+        self.model = model_input(self.source, self.digests)
+        self.encoder: dict[str, Input] = {}
+        if Metric.bertscore in config.task.metrics:
+            self.encoder["encoder"] = encoder_input(config.budget.bertscore_encoder, self.digests)
         budget, quantizer, trust = config.budget, config.quantizer, config.model.trust_remote_code
-        self.texts_data = self._data(
+        self.texts_data = data_input(
             config.data.text_root or config.data.root,
             budget.text_dataset,
             budget.text_split,
@@ -121,6 +120,7 @@ class Planner:
             budget.text_hub_config,
             budget.text_hub_revision,
             budget.text_rows,
+            self.digests,
         )
         calibration = TEXTS.node(
             inputs_.TextsConfig("calibration", budget.calibration_windows, budget.calibration_window_tokens, trust),
@@ -229,7 +229,7 @@ class Planner:
                     seed=config.seed,
                 ),
                 prompts=validation,
-                **self._encoder(),
+                **self.encoder,
                 **self._rollouts(validation, pmpd, precisions, self.max_new_tokens),
             )
         elif own and kind is SchedulerKind.learned:
@@ -254,7 +254,7 @@ class Planner:
             prompts=prompts,
             **rollouts,
             **choice,
-            **self._encoder(),
+            **self.encoder,
         )
         estimate = ESTIMATE.node(
             EstimateConfig(
@@ -291,14 +291,6 @@ class Planner:
             fit,
             training,
         )
-
-    def _encoder(self) -> dict[str, Input]:
-        """BERTScore's encoder as an input, by content, where the task asks for it."""
-        name = self.config.budget.bertscore_encoder
-        if Metric.bertscore not in self.config.task.metrics:
-            return {}
-        key, files = encoder_files(name)
-        return {"encoder": Root(name, key or digest_files(files, self.store.root / "digests.json"), Path)}
 
     def _learned(self, precisions: Precisions, prefill: int, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
         config, budget = self.config, self.config.budget
@@ -395,36 +387,17 @@ class Planner:
                 trust_remote_code=config.model.trust_remote_code,
             ),
             model=self.model,
-            data=self._data(
-                config.data.root, task.dataset, split, task.hub_path, task.hub_config, task.hub_revision, None
+            data=data_input(
+                config.data.root,
+                task.dataset,
+                split,
+                task.hub_path,
+                task.hub_config,
+                task.hub_revision,
+                None,
+                self.digests,
             ),
         )
-
-    def _model(self) -> Input:
-        source = self.source
-        key = digest(source, self.store.root / "digests.json")
-        if source.kind == "gguf":
-            return WEIGHTS.node(inputs_.WeightsConfig(), source=Root(source.path, key, lambda: source.files[0]))
-        if needs_conversion(source):
-            return WEIGHTS.node(inputs_.WeightsConfig(), source=Root(source.path, key, lambda: folder(source)))
-        return Root(source.path, key, lambda: folder(source))
-
-    def _data(
-        self,
-        root: str | None,
-        dataset: str,
-        split: str,
-        hub_path: str,
-        hub_config: str | None,
-        revision: str,
-        max_rows: int | None,
-    ) -> Input:
-        path = locate(dataset, split, root)
-        if path is not None:
-            file: Path = path
-            return Root(str(file), digest_files([file], self.store.root / "digests.json"), lambda: file)
-        commit = hub_commit(hub_path, revision)
-        return DATA.node(inputs_.DataConfig(hub_path, hub_config, commit, split, max_rows))
 
 
 def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
@@ -433,28 +406,3 @@ def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
         config.scheduler, name=kind.value, kind=kind, prefill_bits=None, grid=None, switch_step=None
     )
     return dataclasses.replace(config, scheduler=scheduler)
-
-
-def encoder_files(encoder: str) -> tuple[str, list[Path]]:
-    """What BERTScore's encoder is: its key, and its files where it is local.
-
-    Raises:
-        EncoderError, ConfigError: it is not there, and the hub does not answer.
-    """
-    folder_ = encoder_folder(encoder)
-    if folder_ is None:
-        try:
-            return digest(resolve(encoder)), []
-        except ModelError as error:
-            raise ConfigError(
-                f"budget.bertscore_encoder={encoder} is not here: {error}. Without it: task.metrics=[rouge_l]"
-            ) from error
-    files = [p for p in folder_.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")]
-    return "", files
-
-
-def device_type(config: Config) -> str:
-    """``cuda`` or ``cpu``: the device asked for, or the one that is there."""
-    if config.device is Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device.value

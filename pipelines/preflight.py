@@ -1,4 +1,4 @@
-"""What must be there before the first stage: packages, device, disk. Weights and data are found while planning."""
+"""What must be there before the first stage: packages, device, disk. Planning finds weights, data and encoder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from pipelines.plan import Cell, MissingSearchError, Planner, device_type, encoder_files
+from pipelines.plan import Cell, MissingSearchError, Planner
+from pipelines.sources import device_type
 from pmpd.artifacts import Node
-from pmpd.config import Config, ConfigError, Metric, SchedulerKind, Solver
+from pmpd.config import Config, ConfigError, SchedulerKind, Solver
 from pmpd.stages import STAGES
 
 log = logging.getLogger(__name__)
@@ -25,17 +26,15 @@ class PreflightError(ConfigError):
 
 
 def check_machine(config: Config) -> None:
-    """Refuse a missing package, device or encoder.
+    """Refuse a missing package or device.
 
     Raises:
-        PreflightError, EncoderError: what is missing, and the command or field that mends it.
+        PreflightError: what is missing, and the command or field that mends it.
     """
     if device_type(config) == "cuda" and not torch.cuda.is_available():
         raise PreflightError("device=cuda is not possible: PyTorch sees no CUDA device here; device=cpu runs anywhere")
     if config.quantizer.solver is Solver.lloyd and importlib.util.find_spec("flash1dkmeans") is None:
         raise PreflightError("quantizer.solver=lloyd needs flash1dkmeans: pip install 'pmpd[lloyd]'")
-    if Metric.bertscore in config.task.metrics:
-        encoder_files(config.budget.bertscore_encoder)
 
 
 def check_disk(planner: Planner) -> None:

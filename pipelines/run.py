@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # libgomp's threads spin between operations, so two processes on the same cores slow each other down (SmolLM2, batch
-# 16, two cores, tokens/s: 123 alone, 31 each beside a second run; with this 122 and 66). Read when torch loads.
+# 16, two cores, tokens/s: 123 to 146 alone, 31 each beside a second run; with this 122 and 66). Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import hydra

@@ -1,0 +1,74 @@
+"""What a plan starts from, keyed by content: the model, the data files, BERTScore's encoder, the kind of device.
+
+Finds and keys them; reads no text and loads no weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pmpd.artifacts import Input, Root, digest_files
+from pmpd.config import Config, ConfigError, Device
+from pmpd.metrics import encoder_folder
+from pmpd.models import ModelError, ModelSource, digest, folder, needs_conversion, resolve
+from pmpd.stages.inputs import DATA, WEIGHTS, DataConfig, WeightsConfig
+from pmpd.tasks import hub_commit, locate
+
+
+def model_input(source: ModelSource, digests: Path) -> Input:
+    """The model's folder, or the stage that makes one of safetensors from a GGUF file or ``.bin`` weights."""
+    key = digest(source, digests)
+    if source.kind == "gguf":
+        return WEIGHTS.node(WeightsConfig(), source=Root(source.path, key, lambda: source.files[0]))
+    ready = Root(source.path, key, lambda: folder(source))
+    return WEIGHTS.node(WeightsConfig(), source=ready) if needs_conversion(source) else ready
+
+
+def data_input(
+    root: str | None,
+    dataset: str,
+    split: str,
+    hub_path: str,
+    hub_config: str | None,
+    revision: str,
+    max_rows: int | None,
+    digests: Path,
+) -> Input:
+    """A local file below ``root``, or the stage that downloads the split.
+
+    Raises:
+        DataError: no such file, or a hub that does not answer.
+    """
+    file = locate(dataset, split, root)
+    if file is None:
+        return DATA.node(DataConfig(hub_path, hub_config, hub_commit(hub_path, revision), split, max_rows))
+    found: Path = file
+    return Root(str(found), digest_files([found], digests), lambda: found)
+
+
+def encoder_input(encoder: str, digests: Path) -> Root:
+    """BERTScore's encoder: a local folder by content, a hub model by commit.
+
+    Raises:
+        EncoderError, ConfigError: it is not there, and the hub does not answer.
+    """
+    local = encoder_folder(encoder)
+    if local is not None:
+        files = [p for p in local.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")]
+        return Root(encoder, digest_files(files, digests), lambda: local)
+    try:
+        source = resolve(encoder)
+    except ModelError as error:
+        raise ConfigError(
+            f"budget.bertscore_encoder={encoder} is not here: {error}. Without it: task.metrics=[rouge_l]"
+        ) from error
+    return Root(encoder, digest(source), Path)
+
+
+def device_type(config: Config) -> str:
+    """``cuda`` or ``cpu``: the device asked for, or the one that is there."""
+    if config.device is Device.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device.value
