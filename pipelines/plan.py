@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pipelines.sources import data_input, device_type, encoder_input, model_input
+from pipelines.sources import device_type, encoder_input, model_input, task_input, text_input
 from pmpd.artifacts import Input, Node, Store
 from pmpd.config import (
     Config,
@@ -112,16 +112,7 @@ class Planner:
         if Metric.bertscore in config.task.metrics:
             self.encoder["encoder"] = encoder_input(config.budget.bertscore_encoder, self.digests)
         budget, quantizer, trust = config.budget, config.quantizer, config.model.trust_remote_code
-        self.texts_data = data_input(
-            config.data.text_root or config.data.root,
-            budget.text_dataset,
-            budget.text_split,
-            budget.text_hub_path,
-            budget.text_hub_config,
-            budget.text_hub_revision,
-            budget.text_rows,
-            self.digests,
-        )
+        self.texts_data = text_input(config, self.digests)
         calibration = TEXTS.node(
             inputs_.TextsConfig("calibration", budget.calibration_windows, budget.calibration_window_tokens, trust),
             model=self.model,
@@ -225,6 +216,7 @@ class Planner:
                     metric=metrics[0],
                     tolerance=config.scheduler.tolerance,
                     encoder=budget.bertscore_encoder if Metric.bertscore in task.metrics else "",
+                    device=self.runtime.device,
                     resamples=budget.bootstrap_resamples,
                     seed=config.seed,
                 ),
@@ -248,6 +240,7 @@ class Planner:
                 metrics=metrics,
                 max_new_tokens=self.max_new_tokens,
                 encoder=budget.bertscore_encoder if Metric.bertscore in task.metrics else "",
+                device=self.runtime.device,
                 resamples=budget.bootstrap_resamples,
                 seed=config.seed,
             ),
@@ -387,16 +380,7 @@ class Planner:
                 trust_remote_code=config.model.trust_remote_code,
             ),
             model=self.model,
-            data=data_input(
-                config.data.root,
-                task.dataset,
-                split,
-                task.hub_path,
-                task.hub_config,
-                task.hub_revision,
-                None,
-                self.digests,
-            ),
+            data=task_input(config, split, self.digests),
         )
 
 

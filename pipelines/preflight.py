@@ -1,18 +1,20 @@
-"""What must be there before the first stage: packages, device, disk. Planning finds weights, data and encoder."""
+"""What must be there before the first stage: weights, data, encoder, packages, device, disk."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from pipelines.plan import Cell, MissingSearchError, Planner
-from pipelines.sources import device_type
-from pmpd.artifacts import Node
-from pmpd.config import Config, ConfigError, SchedulerKind, Solver
+from pipelines.sources import device_type, encoder_input, model_input, task_input, text_input
+from pmpd.artifacts import Node, Store
+from pmpd.config import Config, ConfigError, Metric, SchedulerKind, Solver
+from pmpd.models import resolve
 from pmpd.stages import STAGES
 
 log = logging.getLogger(__name__)
@@ -25,12 +27,38 @@ class PreflightError(ConfigError):
     """Something that the plan needs is not there; the message says how to get it."""
 
 
-def check_machine(config: Config) -> None:
-    """Refuse a missing package or device.
+def check_sources(config: Config, store: Store) -> None:
+    """Refuse everything that is missing at once: device, packages, model, data and encoder.
 
     Raises:
-        PreflightError: what is missing, and the command or field that mends it.
+        PreflightError: each thing that is not there, and the command or field that mends it.
     """
+    digests = store.root / "digests.json"
+    splits = [config.task.test_split]
+    if config.scheduler.kind is SchedulerKind.static and config.scheduler.switch_step is None:
+        assert config.task.validation_split is not None
+        splits.append(config.task.validation_split)
+    checks: list[Callable[[], object]] = [
+        partial(_check_machine, config),
+        lambda: model_input(resolve(config.model.path, config.model.revision), digests),
+        partial(text_input, config, digests),
+        *(partial(task_input, config, split, digests) for split in splits),
+    ]
+    if Metric.bertscore in config.task.metrics:
+        checks.append(partial(encoder_input, config.budget.bertscore_encoder, digests))
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise PreflightError(problems[0])
+    if problems:
+        raise PreflightError(f"{len(problems)} things are missing\n  - " + "\n  - ".join(problems))
+
+
+def _check_machine(config: Config) -> None:
     if device_type(config) == "cuda" and not torch.cuda.is_available():
         raise PreflightError("device=cuda is not possible: PyTorch sees no CUDA device here; device=cpu runs anywhere")
     if config.quantizer.solver is Solver.lloyd and importlib.util.find_spec("flash1dkmeans") is None:
@@ -101,4 +129,4 @@ def _amount(node: Node) -> str:
     return ""
 
 
-__all__ = ["PreflightError", "cells_of", "check_disk", "check_machine", "describe"]
+__all__ = ["PreflightError", "cells_of", "check_disk", "check_sources", "describe"]

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from pipelines.plan import BASELINES, Cell, Planner
-from pipelines.preflight import cells_of, check_disk, check_machine, describe
+from pipelines.preflight import cells_of, check_disk, check_sources, describe
 from pipelines.report import cell_records, write_report
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, disk_is_full
@@ -52,7 +52,7 @@ def run_cell(config: Config, out: Path, job: str) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     store = Store(Path(config.store))
-    check_machine(config)
+    check_sources(config, store)
     planner = Planner(config, store)
     check_disk(planner)
     kinds = [*(kind for kind in BASELINES if kind is not config.scheduler.kind), config.scheduler.kind]

@@ -26,7 +26,45 @@ def model_input(source: ModelSource, digests: Path) -> Input:
     return WEIGHTS.node(WeightsConfig(), source=ready) if needs_conversion(source) else ready
 
 
-def data_input(
+def text_input(config: Config, digests: Path) -> Input:
+    """The plain text of calibration, perplexity and seed prompts.
+
+    Raises:
+        DataError: as for every data set, no such file, or a hub that does not answer.
+    """
+    budget = config.budget
+    return _data_input(
+        config.data.text_root or config.data.root,
+        budget.text_dataset,
+        budget.text_split,
+        budget.text_hub_path,
+        budget.text_hub_config,
+        budget.text_hub_revision,
+        budget.text_rows,
+        digests,
+    )
+
+
+def task_input(config: Config, split: str, digests: Path) -> Input:
+    """A split of the cell's task.
+
+    Raises:
+        DataError: as :func:`text_input`.
+    """
+    task = config.task
+    return _data_input(
+        config.data.root,
+        task.dataset,
+        split,
+        task.hub_path,
+        task.hub_config,
+        task.hub_revision,
+        None,
+        digests,
+    )
+
+
+def _data_input(
     root: str | None,
     dataset: str,
     split: str,
@@ -36,11 +74,7 @@ def data_input(
     max_rows: int | None,
     digests: Path,
 ) -> Input:
-    """A local file below ``root``, or the stage that downloads the split.
-
-    Raises:
-        DataError: no such file, or a hub that does not answer.
-    """
+    """A local file below ``root``, or the stage that downloads the split."""
     file = locate(dataset, split, root)
     if file is None:
         return DATA.node(DataConfig(hub_path, hub_config, hub_commit(hub_path, revision), split, max_rows))

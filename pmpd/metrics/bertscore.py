@@ -32,14 +32,14 @@ class _Encoder:
 
 
 def bertscore_f1(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], encoder: str, device: str | None = None
+    predictions: Sequence[str], references: Sequence[Sequence[str]], encoder: str, device: str = "cpu"
 ) -> list[float]:
     """F1 of each prediction, mean over its references.
 
     ``encoder`` is ``package:NAME`` (an installed package that carries an encoder's folder), a folder, or a
     hub name (``roberta-large`` for numbers that compare with published ones). It is loaded once a process.
     The layer is the package's own choice where it knows the name, else the last but one (5 of MiniLM's 6).
-    A text without a visible character scores 0 on either side. ``device`` is CUDA where there is one.
+    A text without a visible character scores 0 on either side.
 
     Raises:
         ValueError: different numbers of predictions and references, or a prediction without a reference.
@@ -54,7 +54,7 @@ def bertscore_f1(
     visible = [(i, p, r) for i, p, r in pairs if p.strip() and r.strip()]
     totals = [0.0] * len(predictions)
     if visible:
-        scores = _f1([p for _, p, _ in visible], [r for _, _, r in visible], _load(encoder, device or _device()))
+        scores = _f1([p for _, p, _ in visible], [r for _, _, r in visible], _load(encoder, device))
         for (i, _, _), score in zip(visible, scores, strict=True):
             totals[i] += score
     return [total / len(group) for total, group in zip(totals, references, strict=True)]
@@ -93,12 +93,6 @@ def _is_encoder(config: Path) -> bool:
     """Weights stand beside it and it says what model it is (a pooling layer's config does not)."""
     has_weights = any(config.parent.glob("*.safetensors")) or any(config.parent.glob("pytorch_model*.bin"))
     return has_weights and "model_type" in json.loads(config.read_text(encoding="utf-8"))
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache

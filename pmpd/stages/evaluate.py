@@ -21,6 +21,7 @@ from pmpd.stages.inputs import read_samples
 from pmpd.stages.learned import read_decisions
 from pmpd.stages.rollouts import read_rollouts
 from pmpd.stages.scoring import (
+    Encoder,
     Scores,
     fp16_references,
     mean_scores,
@@ -50,6 +51,7 @@ class EvaluateConfig:
     metrics: list[str]
     max_new_tokens: int
     encoder: str
+    device: str
     resamples: int
     seed: int
 
@@ -67,6 +69,7 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
         own = in_order(samples, table[schedule.canonical(config.max_new_tokens)])
     references = references_of(samples, fp16)
     agreement = fp16_references(samples, fp16)
+    encoder = Encoder(config.encoder, config.device)
     results: list[dict[str, Any]] = []
 
     def add(quantity: str, unit: str, interval: Interval) -> None:
@@ -85,7 +88,7 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
     fp16_answers = in_order(samples, fp16)
     for metric in config.metrics:
         scored = {
-            who: score_turns(metric, answers, references, config.encoder)
+            who: score_turns(metric, answers, references, encoder)
             for who, answers in (("own", own), ("high", high), ("fp16", fp16_answers))
         }
         others = {"high": scored["high"]} | ({"fp16": scored["fp16"]} if samples[0].references else {})
@@ -93,8 +96,7 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
         for row, value in zip(per_sample, scored["own"].each(), strict=True):
             row[metric] = float(value)
     agree = {
-        who: score_turns("rouge_l", answers, agreement, config.encoder)
-        for who, answers in (("own", own), ("high", high))
+        who: score_turns("rouge_l", answers, agreement, encoder) for who, answers in (("own", own), ("high", high))
     }
     compare("agreement", "ROUGE-L F x 100 with the model's own fp16 output", agree["own"], {"high": agree["high"]})
     for row, value in zip(per_sample, agree["own"].each(), strict=True):
@@ -115,7 +117,7 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
     write_summary(
         out,
         {r["quantity"]: r["value"] for r in results},
-        curves={"switch_step": _curve(config, samples, table, references)},
+        curves={"switch_step": _curve(config, samples, table, references, encoder)},
         tables={"results": results},
     )
 
@@ -140,15 +142,14 @@ def _curve(
     samples: Sequence[Sample],
     table: Mapping[Schedule, Mapping[str, Completion]],
     references: list[list[list[str]]],
+    encoder: Encoder,
 ) -> list[dict[str, Any]]:
     """Quality of every candidate schedule on the test split, by the first metric."""
     rows = []
     for name in config.curve:
         schedule = Schedule.parse(name)
         answers = in_order(samples, table[schedule.canonical(config.max_new_tokens)])
-        interval = score_turns(config.metrics[0], answers, references, config.encoder).interval(
-            config.resamples, config.seed
-        )
+        interval = score_turns(config.metrics[0], answers, references, encoder).interval(config.resamples, config.seed)
         bits = [average_bits(c.decode_bits) for c in answers if c.decode_bits]
         rows.append(
             {

@@ -17,7 +17,7 @@ from pmpd.records import Completion, Schedule, average_bits
 from pmpd.stages.base import Stage, write_summary
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import read_rollouts
-from pmpd.stages.scoring import mean_scores, references_of, score_turns
+from pmpd.stages.scoring import Encoder, mean_scores, references_of, score_turns
 
 CHOICE_FILE = "choice.json"
 
@@ -38,6 +38,7 @@ class FitStaticConfig:
     metric: str
     tolerance: float
     encoder: str
+    device: str
     resamples: int
     seed: int
 
@@ -65,16 +66,17 @@ def run_fit_static(config: FitStaticConfig, inputs: Mapping[str, Path], out: Pat
     table = read_rollouts(*(path for name, path in inputs.items() if name.startswith("rollouts")))
     candidates = [Schedule.parse(name) for name in config.schedules]
     references = references_of(samples, table[Schedule.uniform(16)])
+    encoder = Encoder(config.encoder, config.device)
 
     def completions(schedule: Schedule) -> list[Completion]:
         return [table[schedule.canonical(config.max_new_tokens)][s.id] for s in samples]
 
-    high = score_turns(config.metric, completions(Schedule.parse(config.high)), references, config.encoder)
+    high = score_turns(config.metric, completions(Schedule.parse(config.high)), references, encoder)
     rows: list[dict[str, Any]] = []
     lossless: list[bool] = []
     for schedule in candidates:
         answers = completions(schedule)
-        scores = score_turns(config.metric, answers, references, config.encoder)
+        scores = score_turns(config.metric, answers, references, encoder)
         difference = scores.minus(high, config.resamples, config.seed)
         interval = scores.interval(config.resamples, config.seed)
         bits = [average_bits(c.decode_bits) for c in answers if c.decode_bits]

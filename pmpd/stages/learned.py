@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pmpd.artifacts import read_jsonl, write_jsonl, write_tensors
-from pmpd.decode import complete, prefill
+from pmpd.decode import complete, context_limit, prefill
 from pmpd.metrics import rouge_l
 from pmpd.records import Completion, Generation, Schedule, class_schedules
 from pmpd.schedulers import Learned, label, load_network, save_network, train
 from pmpd.stages.base import RuntimeConfig, Stage, write_summary
 from pmpd.stages.inputs import read_samples
-from pmpd.stages.rollouts import by_length, generation, read_rollouts
+from pmpd.stages.rollouts import by_length, generation, next_prompt, read_rollouts
 from pmpd.stages.runtime import load, load_prompter, progress
 
 NETWORK_FILE = "scheduler.safetensors"
@@ -154,6 +155,7 @@ def run_decide(config: DecideConfig, inputs: Mapping[str, Path], out: Path) -> N
     scheduler = Learned(load_network(inputs["scheduler"] / NETWORK_FILE), config.prefill_bits, classes)
     prompter = load_prompter(inputs["model"], config.template, config.runtime.trust_remote_code)
     model, cell = load(inputs["model"], inputs["nested"], config.runtime)
+    room = (context_limit(model) or sys.maxsize) - config.max_new_tokens
     answers: list[list[Generation]] = [[] for _ in samples]
     batches = by_length(prompts, config.batch_size)
     for rows in progress(batches, "decide", len(batches)):
@@ -165,7 +167,7 @@ def run_decide(config: DecideConfig, inputs: Mapping[str, Path], out: Path) -> N
             answers[i].append(table[schedule.canonical(config.max_new_tokens)][samples[i].id].generations[0])
     for turn in range(1, max(len(s.turns) for s in samples)):
         later = [i for i, s in enumerate(samples) if len(s.turns) > turn]
-        asked = [prompter.ids(samples[i].turns[: turn + 1], [g.text for g in answers[i]]) for i in later]
+        asked = [next_prompt(prompter, samples[i], answers[i], room) for i in later]
         for rows in by_length(asked, config.batch_size):
             done = complete(
                 model,

@@ -6,6 +6,7 @@ parts: a killed run resumes at the batch it was in.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from pmpd.artifacts import read_jsonl, write_jsonl
-from pmpd.decode import decode_schedules
+from pmpd.decode import context_limit, decode_schedules
 from pmpd.models import Prompter
 from pmpd.quant import PrecisionCell
 from pmpd.records import Completion, Generation, Sample, Schedule
@@ -78,6 +79,7 @@ def _complete_batch(
         eos_ids=prompter.eos_ids,
         pad_id=prompter.pad_id,
     )
+    room = (context_limit(model) or sys.maxsize) - config.max_new_tokens
     done = {
         schedule: [[generation(prompter, schedule, p, t)] for p, t in zip(prompts, tokens, strict=True)]
         for schedule, tokens in decode(prompts=prompts, schedules=schedules).items()
@@ -85,7 +87,7 @@ def _complete_batch(
     for turn in range(1, max(len(s.turns) for s in samples)):
         for schedule, answers in done.items():
             later = [i for i, s in enumerate(samples) if len(s.turns) > turn]
-            asked = [prompter.ids(samples[i].turns[: turn + 1], [g.text for g in answers[i]]) for i in later]
+            asked = [next_prompt(prompter, samples[i], answers[i], room) for i in later]
             tokens = decode(prompts=asked, schedules=[schedule])[schedule]
             for i, prompt, ids in zip(later, asked, tokens, strict=True):
                 answers[i].append(generation(prompter, schedule, prompt, ids))
@@ -93,6 +95,22 @@ def _complete_batch(
         schedule: [Completion(s.id, tuple(g)) for s, g in zip(samples, answers, strict=True)]
         for schedule, answers in done.items()
     }
+
+
+def next_prompt(prompter: Prompter, sample: Sample, answers: Sequence[Generation], room: int) -> list[int]:
+    """The prompt of the turn after those answered.
+
+    Raises:
+        ValueError: it has more than ``room`` tokens, by sample id.
+    """
+    turn = len(answers)
+    ids = prompter.ids(sample.turns[: turn + 1], [g.text for g in answers])
+    if len(ids) > room:
+        raise ValueError(
+            f"turn {turn + 1} of sample {sample.id}, with the answers before it, has {len(ids)} tokens, and the "
+            f"model's context leaves {room}: a smaller task.max_new_tokens leaves more and makes answers shorter"
+        )
+    return ids
 
 
 def generation(prompter: Prompter, schedule: Schedule, prompt: Sequence[int], ids: Sequence[int]) -> Generation:

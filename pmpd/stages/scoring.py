@@ -28,6 +28,14 @@ Reduce = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """BERTScore's encoder, and where it runs: a GPU's rounding differs in the last digits."""
+
+    name: str
+    device: str
+
+
+@dataclass(frozen=True)
 class Scores:
     """Per-sample statistics ``[n, k]`` and the reduction from summed statistics ``[..., k]`` to the metric."""
 
@@ -60,13 +68,14 @@ def mean_scores(values: Sequence[float], scale: float = 1.0) -> Scores:
     return Scores(np.stack([column, np.ones_like(column)], axis=1), lambda total: total[..., 0] / total[..., 1])
 
 
-def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]], encoder: str) -> Scores:
+def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]], encoder: Encoder) -> Scores:
     """Score one prediction a sample against its references."""
     match metric:
         case "rouge_l":
             return mean_scores([rouge_l(p, r) for p, r in zip(predictions, references, strict=True)], 100)
         case "bertscore":
-            return mean_scores(bertscore_f1(list(predictions), [list(r) for r in references], encoder), 100)
+            f1 = bertscore_f1(list(predictions), [list(r) for r in references], encoder.name, encoder.device)
+            return mean_scores(f1, 100)
         case "bleu" | "sacrebleu":
             statistics = bleu_statistics(predictions, references).astype(np.float64)
             return Scores(statistics, corpus_bleu if metric == "bleu" else corpus_sacrebleu)
@@ -77,7 +86,7 @@ def score_turns(
     metric: str,
     completions: Sequence[Completion],
     references: Sequence[Sequence[Sequence[str]]],
-    encoder: str,
+    encoder: Encoder,
 ) -> Scores:
     """Score completions with one or several turns; ``references[i][turn]`` are a turn's references.
 

@@ -19,18 +19,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from pipelines.plan import MissingSearchError, Planner
+from pipelines.preflight import PreflightError
 from pipelines.report import CONF, grid_of, report
 from pipelines.run import run_cell
 from pipelines.schema import register
 from pmpd.artifacts import Store
 from pmpd.config import Config, from_omegaconf
-from pmpd.models import ModelError
 from pmpd.records import Schedule
 from pmpd.report import COLUMNS
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import read_rollouts
 from pmpd.stages.runtime import load_prompter
-from pmpd.tasks import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -250,8 +249,8 @@ def test_a_grid_is_an_experiments_sweep_with_the_command_lines(tiny_llama):
 @pytest.mark.parametrize(
     ("more", "error", "said"),
     [
-        (["data.root=/nowhere"], DataError, "/nowhere"),
-        (["model.path=/no/such/model"], ModelError, "/no/such/model"),
+        (["data.root=/nowhere"], PreflightError, "/nowhere"),
+        (["model.path=/no/such/model"], PreflightError, "/no/such/model"),
         (["task.overlong=refuse", "task=dialogsum", "task.max_new_tokens=400"], ValueError, "task.overlong=truncate"),
     ],
 )
@@ -262,6 +261,26 @@ def test_bad_input_is_refused_before_anything_expensive(tiny_llama, tmp_path, mo
     with pytest.raises(error, match=said):
         run_cell(cell(*kept, *more), tmp_path / "out", "0")
     assert not list((tmp_path / "store").glob("sensitivity/*/artifact.json"))
+
+
+def test_everything_that_is_missing_is_named_at_once(tiny_llama, tmp_path):
+    lines = [o for o in overrides(tiny_llama, tmp_path / "store", "scheduler=static") if "metrics" not in o]
+    missing = ("model.path=/no/such/model", "data.root=/nowhere", "budget.bertscore_encoder=package:no_such")
+    with pytest.raises(PreflightError) as refusal:
+        run_cell(cell(*(o for o in lines if "model.path" not in o), *missing), tmp_path / "out", "0")
+    said = str(refusal.value)
+    assert all(value.partition("=")[2] in said for value in missing)
+    assert "model.path" in said
+
+
+def test_a_second_turn_that_outgrows_the_context_is_named_by_its_sample(store, tiny_llama, tmp_path, two_turns):
+    file = two_turns / "mt_bench_prompts" / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["prompt"][1] = "and " * 300
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    lines = overrides(tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples")
+    with pytest.raises(ValueError, match=rf"turn 2 of sample {rows[1]['prompt_id']}\b.*task.max_new_tokens"):
+        run_cell(cell(*lines, "scheduler=high"), tmp_path / "out", "0")
 
 
 def identical(one: Path, two: Path) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pmpd.records import Completion, Generation, Sample, Schedule
-from pmpd.stages.scoring import fp16_references, mean_scores, references_of, score, score_turns
+from pmpd.stages.scoring import Encoder, fp16_references, mean_scores, references_of, score, score_turns
 
 
 def completion(sample_id, *texts):
@@ -35,14 +35,14 @@ def test_pairing_narrows_the_interval_of_scores_that_go_together():
 
 def test_rouge_of_turns_is_the_mean_over_turns_resampled_by_sample():
     one = completion("a", "the cat sat", "nothing alike")
-    scores = score_turns("rouge_l", [one], [[["the cat sat"], ["entirely different words"]]], "")
+    scores = score_turns("rouge_l", [one], [[["the cat sat"], ["entirely different words"]]], Encoder("", "cpu"))
     assert scores.statistics.shape[0] == 1
     assert scores.value() == pytest.approx(50.0)
 
 
 def test_bleu_is_a_corpus_statistic_not_a_mean():
     predictions, references = ["the cat sat on the mat today", "a b"], [["the cat sat on the mat today"], ["c d"]]
-    scores = score("sacrebleu", predictions, references, "")
+    scores = score("sacrebleu", predictions, references, Encoder("", "cpu"))
     assert scores.value() != pytest.approx(float(scores.each().mean()))
 
 
