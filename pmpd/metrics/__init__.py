@@ -5,11 +5,8 @@ from pmpd.metrics.bleu import bleu_signature, bleu_statistics, corpus_bleu, corp
 from pmpd.metrics.perplexity import perplexity, token_nll
 from pmpd.metrics.rouge import rouge_l
 from pmpd.metrics.statistics import (
-    bootstrap_mean,
     bootstrap_statistic,
-    paired_difference,
     paired_statistic_difference,
-    smallest_detectable_drop,
     smallest_detectable_drop_statistic,
 )
 
@@ -18,16 +15,13 @@ __all__ = [
     "bertscore_f1",
     "bleu_signature",
     "bleu_statistics",
-    "bootstrap_mean",
     "bootstrap_statistic",
     "corpus_bleu",
     "corpus_sacrebleu",
     "encoder_folder",
-    "paired_difference",
     "paired_statistic_difference",
     "perplexity",
     "rouge_l",
-    "smallest_detectable_drop",
     "smallest_detectable_drop_statistic",
     "token_nll",
 ]

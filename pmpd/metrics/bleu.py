@@ -59,8 +59,8 @@ def corpus_sacrebleu(sums: NDArray[Any]) -> NDArray[np.float64]:
     return _corpus_score(sums, exponential=True)
 
 
-def bleu_signature(metric: str, num_references: int | str = 1) -> str:
-    """What determines the number, in sacrebleu's notation; ``metric`` is ``bleu`` or ``sacrebleu``.
+def bleu_signature(metric: str) -> str:
+    """What determines the number but the texts, in sacrebleu's notation; ``metric`` is ``bleu`` or ``sacrebleu``.
 
     Raises:
         ValueError: another ``metric``.
@@ -69,9 +69,7 @@ def bleu_signature(metric: str, num_references: int | str = 1) -> str:
         raise ValueError(f"metric={metric!r} has no BLEU signature: {' or '.join(_SMOOTHING)}")
     import sacrebleu
 
-    return (
-        f"nrefs:{num_references}|case:mixed|eff:no|tok:13a|smooth:{_SMOOTHING[metric]}|version:{sacrebleu.__version__}"
-    )
+    return f"case:mixed|eff:no|tok:13a|smooth:{_SMOOTHING[metric]}|version:{sacrebleu.__version__}"
 
 
 def _corpus_score(sums: NDArray[Any], *, exponential: bool) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ Knows numbers only, neither metrics nor texts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,22 +26,13 @@ _CHUNK_COUNTS = 1 << 22
 """Drawn counts held at once: 32 MB of float64."""
 
 
-def bootstrap_mean(values: Sequence[float] | ArrayLike, resamples: int, seed: int, level: float = 0.95) -> Interval:
-    """The mean of ``values`` ``[n]`` with its interval; n = 1 gives an infinite one.
-
-    Raises:
-        ValueError: no value, one that is not finite, ``resamples`` below 1, or ``level`` outside (0, 1).
-    """
-    column = _column("values", values)
-    n = len(column)
-    return bootstrap_statistic(column[:, None], lambda sums: sums[:, 0] / n, resamples, seed, level)
-
-
 def bootstrap_statistic(stats: ArrayLike, reduce: Reduce, resamples: int, seed: int, level: float = 0.95) -> Interval:
-    """A statistic of the column sums of ``stats`` ``[n, k]`` (corpus BLEU, a ratio) with its interval.
+    """A statistic of the column sums of ``stats`` ``[n, k]`` (a mean, corpus BLEU, a ratio) with its interval.
+
+    One unit gives an infinite interval.
 
     Raises:
-        ValueError: as :func:`bootstrap_mean`.
+        ValueError: no unit, one that is not finite, ``resamples`` below 1, or ``level`` outside (0, 1).
     """
     rows = _rows("stats", stats)
     tail = _tail(len(rows), level)
@@ -53,45 +44,16 @@ def bootstrap_statistic(stats: ArrayLike, reduce: Reduce, resamples: int, seed: 
     return Interval(value, float(low), float(high), len(rows))
 
 
-def paired_difference(
-    a: Sequence[float] | ArrayLike, b: Sequence[float] | ArrayLike, resamples: int, seed: int, level: float = 0.95
-) -> Interval:
-    """Mean of ``a - b`` over units scored both ways, with its interval.
-
-    Raises:
-        ValueError: different lengths, or as :func:`bootstrap_mean`.
-    """
-    return bootstrap_mean(_differences(a, b), resamples, seed, level)
-
-
 def paired_statistic_difference(
     stats_a: ArrayLike, stats_b: ArrayLike, reduce: Reduce, resamples: int, seed: int, level: float = 0.95
 ) -> Interval:
     """``reduce(sum of stats_a) - reduce(sum of stats_b)``, both over the same drawn units.
 
     Raises:
-        ValueError: different shapes, or as :func:`bootstrap_mean`.
+        ValueError: different shapes, or as :func:`bootstrap_statistic`.
     """
     both, difference = _paired(stats_a, stats_b, reduce)
     return bootstrap_statistic(both, difference, resamples, seed, level)
-
-
-def smallest_detectable_drop(
-    a: Sequence[float] | ArrayLike, b: Sequence[float] | ArrayLike, power: float = 0.8, level: float = 0.95
-) -> float:
-    """The true mean drop from ``b`` to ``a`` that these n pairs would show with probability ``power``.
-
-    "Show" means that the two-sided ``level`` interval of the paired difference excludes 0:
-    ``(t_(1-(1-level)/2) + t_power) * sd(a - b) / sqrt(n)`` with n - 1 degrees of freedom (the usual
-    approximation of a paired test's power). One pair shows nothing: infinity.
-
-    Raises:
-        ValueError: as :func:`paired_difference`, or ``power`` outside [0.5, 1).
-    """
-    differences = _differences(a, b)
-    n = len(differences)
-    quantiles = _detection_quantiles(n, power, level)
-    return math.inf if n == 1 else quantiles * float(differences.std(ddof=1)) / math.sqrt(n)
 
 
 def smallest_detectable_drop_statistic(
@@ -103,7 +65,11 @@ def smallest_detectable_drop_statistic(
     power: float = 0.8,
     level: float = 0.95,
 ) -> float:
-    """:func:`smallest_detectable_drop` of a corpus statistic, its standard error from the paired bootstrap.
+    """The true drop from b to a that these n pairs would show with probability ``power``.
+
+    "Show" means that the two-sided ``level`` interval of the paired difference excludes 0:
+    ``(t_(1-(1-level)/2) + t_power)`` standard errors with n - 1 degrees of freedom (the usual approximation of a
+    paired test's power), the standard error from the paired bootstrap. One pair shows nothing: infinity.
 
     Raises:
         ValueError: as :func:`paired_statistic_difference`, or ``power`` outside [0.5, 1).
@@ -151,13 +117,6 @@ def _detection_quantiles(n: int, power: float, level: float) -> float:
     return float(stdtrit(n - 1, (1.0 + level) / 2.0) + stdtrit(n - 1, power)) if n > 1 else math.inf
 
 
-def _column(name: str, values: Sequence[float] | ArrayLike) -> NDArray[np.float64]:
-    column = np.asarray(values, dtype=np.float64)
-    if column.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {column.shape}")
-    return _rows(name, column[:, None])[:, 0]
-
-
 def _rows(name: str, stats: ArrayLike) -> NDArray[np.float64]:
     rows = np.asarray(stats, dtype=np.float64)
     if rows.ndim != 2 or not len(rows):
@@ -165,13 +124,6 @@ def _rows(name: str, stats: ArrayLike) -> NDArray[np.float64]:
     if not np.isfinite(rows).all():
         raise ValueError(f"{name}: {int((~np.isfinite(rows)).any(axis=1).sum())} of {len(rows)} units are not finite")
     return rows
-
-
-def _differences(a: Sequence[float] | ArrayLike, b: Sequence[float] | ArrayLike) -> NDArray[np.float64]:
-    left, right = _column("a", a), _column("b", b)
-    if len(left) != len(right):
-        raise ValueError(f"a and b are not paired: {len(left)} and {len(right)} units")
-    return left - right
 
 
 def _paired(stats_a: ArrayLike, stats_b: ArrayLike, reduce: Reduce) -> tuple[NDArray[np.float64], Reduce]:

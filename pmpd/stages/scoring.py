@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pmpd.metrics import (
     bertscore_f1,
+    bleu_signature,
     bleu_statistics,
     bootstrap_statistic,
     corpus_bleu,
@@ -116,9 +117,9 @@ def fp16_references(samples: Sequence[Sample], fp16: Mapping[str, Completion]) -
 
 def unit_of(metric: str, encoder: str) -> str:
     """How a table names the metric's scale and settings."""
-    return {
-        "rouge_l": "F x 100, stemmed",
-        "bertscore": f"F1 x 100, {encoder}",
-        "bleu": "corpus, tok:13a, smooth:none",
-        "sacrebleu": "corpus, tok:13a, smooth:exp",
-    }[metric]
+    match metric:
+        case "rouge_l":
+            return "F x 100, stemmed"
+        case "bertscore":
+            return f"F1 x 100, {encoder}"
+    return f"corpus, {bleu_signature(metric)}"

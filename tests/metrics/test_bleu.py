@@ -73,7 +73,7 @@ def test_signatures_name_the_smoothing() -> None:
     for metric, smoothing in (("bleu", "none"), ("sacrebleu", "exp")):
         scorer = BLEU(tokenize="13a", smooth_method=smoothing)
         scorer.corpus_score(["a"], [["a"]])
-        assert bleu_signature(metric) == str(scorer.get_signature())
+        assert f"nrefs:1|{bleu_signature(metric)}" == str(scorer.get_signature())
     with pytest.raises(ValueError, match="rouge_l"):
         bleu_signature("rouge_l")
 
