@@ -1,0 +1,300 @@
+"""Joint nested quantisation: one code a weight, whose prefixes serve every precision, chosen under a full second moment.
+
+It knows a weight matrix and the second moment of its inputs, not where they come from; ``nested`` is the format.
+
+The loss of a row w at precision b is ``(w - q_b) H (w - q_b)^T`` with H the (gradient-weighted) second moment of the
+layer's inputs, and q_b the values that the first b bits of the codes select in that precision's table. A *stage* is a
+set of precisions whose bits are chosen together, so as to minimise the sum over them of each one's loss over its loss
+at the start; bits that an earlier stage chose are kept. Each stage
+
+1. *assigns* the columns in turn, those with most energy first, each precision's own error fed back into the columns
+   still to come (optimal brain surgeon, Hassibi and Stork 1993; its column order as in GPTQ, Frantar et al. 2023);
+2. *refits* each precision's tables to its labels (conjugate gradients on the normal equations);
+3. *descends* over the codes, a column at a time with everything else fixed, and refits again.
+
+Steps 2 and 3 never raise the loss. All rows of a layer move together, on the device of the tensors, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pmpd.quant import kmeans
+from pmpd.quant.nested import MAX_BITS, NestedWeight, pack
+
+BLOCK_COLUMNS = 64
+"""Columns between two updates of all the columns to come: those within a block are updated one by one."""
+
+LEAST_LOSS = 1e-9
+"""Least scale of a loss, relative to the row's energy: a row that a precision hits exactly does not outweigh others."""
+
+
+@dataclass(frozen=True)
+class JointOptions:
+    """How hard to search.
+
+    Attributes:
+        joint_bits: the precisions up to this one are chosen together, every further bit alone.
+        damping: share of H's mean diagonal that is added to it.
+        refits: conjugate-gradient steps of a refit.
+        sweeps: descents over the codes.
+    """
+
+    joint_bits: int = 4
+    damping: float = 0.01
+    refits: int = 6
+    sweeps: int = 2
+
+
+def quantize_jointly(
+    weight: Tensor,
+    moment: Tensor,
+    *,
+    seed_bits: int = 2,
+    parent_bits: int = 8,
+    group_size: int | None = None,
+    options: JointOptions = JointOptions(),
+) -> NestedWeight:
+    """Quantise ``weight`` to every precision from ``seed_bits`` to ``parent_bits``.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype.
+        moment: ``[in, in]``, symmetric and not negative definite; may be rank-deficient. Its scale does not matter.
+        group_size: columns that share a table; ``None`` for whole rows.
+
+    Raises:
+        ValueError: shapes that differ, bits out of range, values that are not finite.
+    """
+    if not 1 <= seed_bits <= parent_bits <= MAX_BITS:
+        raise ValueError(f"need 1 <= seed_bits <= parent_bits <= {MAX_BITS}, got {seed_bits} and {parent_bits}")
+    if weight.dim() != 2 or list(moment.shape) != [weight.shape[1]] * 2:
+        raise ValueError(f"weight [out, in] needs a moment [in, in], got {list(weight.shape)} and {list(moment.shape)}")
+    if not (torch.isfinite(weight).all() and torch.isfinite(moment).all()):
+        raise ValueError("weight and moment must be finite")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size must be >= 1 or None, got {group_size}")
+    solver = Joint(weight.float(), damped(moment.float(), options.damping), group_size)
+    joint = range(seed_bits, min(max(options.joint_bits, seed_bits), parent_bits) + 1)
+    for stage in (joint, *([b] for b in range(joint.stop, parent_bits + 1))):
+        solver.run(list(stage), options)
+    return solver.result(parent_bits)
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """``moment`` scaled to a mean diagonal of one, plus ``damping`` on it: positive definite whatever its rank.
+
+    An input that never was active keeps ``damping`` alone; a moment of zeros becomes the identity.
+    """
+    scale = moment.diagonal().mean()
+    ridge = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    if not scale > 0:
+        return ridge
+    return (moment + moment.T) / (2 * scale) + damping * ridge
+
+
+class Joint:
+    """The state of one layer: codes at the bits chosen so far, and a table for each precision.
+
+    Attributes:
+        codes: int64 ``[out, in]``, ``bits`` bits each; columns are in the order of falling energy.
+        tables: for each precision b chosen so far, float32 ``[out, groups, 2**b]``.
+    """
+
+    def __init__(self, weight: Tensor, moment: Tensor, group_size: int | None) -> None:
+        self.order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+        self.weight = weight[:, self.order].contiguous()
+        self.moment = moment[self.order][:, self.order].contiguous()
+        self.group_size = group_size
+        columns = group_size or weight.shape[1]
+        self.group_of = self.order // columns
+        self.num_groups = -(-weight.shape[1] // columns)
+        # With H^-1 = U^T U, fixing column j at an error e costs (e / U_jj)^2 and moves column k > j by -e U_jk / U_jj.
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.moment.double()))
+        self.feedback = torch.linalg.cholesky(inverse, upper=True).float()
+        self.bits = 0
+        self.codes = torch.zeros(self.weight.shape, dtype=torch.int64, device=weight.device)
+        self.tables: dict[int, Tensor] = {}
+
+    def run(self, stage: Sequence[int], options: JointOptions) -> None:
+        """Choose the bits of the precisions of ``stage``, which go on from those chosen so far."""
+        prefix, prefix_bits = self.codes, self.bits
+        self._start(stage)
+        scales = {
+            b: self.loss(b).clamp_min(LEAST_LOSS * (self.weight.square() @ self.moment.diagonal())) for b in stage
+        }
+        self._assign(stage, scales, prefix, prefix_bits)
+        self._refit(stage, options.refits)
+        for _ in range(options.sweeps):
+            self._descend(stage, scales, prefix, prefix_bits)
+            self._refit(stage, options.refits)
+
+    def values(self, bits: int) -> Tensor:
+        """float32 ``[out, in]``, the weight at ``bits``, columns in this state's order."""
+        return self.tables[bits].flatten(1).gather(1, self._entries(bits))
+
+    def loss(self, bits: int) -> Tensor:
+        """``[out]``, each row's loss at ``bits``."""
+        error = self.weight - self.values(bits)
+        return ((error @ self.moment) * error).sum(1)
+
+    def result(self, parent_bits: int) -> NestedWeight:
+        """The packed weight, columns back in their places."""
+        codes = torch.empty_like(self.codes)
+        codes[:, self.order] = self.codes
+        limit = torch.finfo(torch.float16).max
+        return NestedWeight(
+            torch.from_numpy(pack(codes.to("cpu", torch.uint8).numpy(), parent_bits)),
+            {b: t.clamp(-limit, limit).half().cpu() for b, t in self.tables.items()},
+            codes.shape[1],
+            None if self.num_groups == 1 else self.group_size,
+        )
+
+    def _entries(self, bits: int) -> Tensor:
+        """Where in a row's tables of ``bits`` each weight's value is."""
+        return (self.codes >> (self.bits - bits)) + (self.group_of << bits)
+
+    def _start(self, stage: Sequence[int]) -> None:
+        """Codes and tables of plain weighted k-means, within the clusters of the bits chosen so far."""
+        rows, columns = self.weight.shape
+        order = torch.argsort(self.group_of, stable=True)
+        values = self.weight[:, order].cpu().numpy()
+        energy = self.moment.diagonal()[order].expand(rows, columns).cpu().numpy()
+        codes = self.codes[:, order].cpu().numpy()
+        tables = {b: np.empty((rows, self.num_groups, 1 << b)) for b in stage}
+        sizes = torch.bincount(self.group_of, minlength=self.num_groups).tolist()
+        first = 0
+        for group, size in enumerate(sizes):
+            part = slice(first, first + size)
+            first += size
+            codes[:, part], own = _split_clusters(values[:, part], energy[:, part], codes[:, part], self.bits, stage)
+            for b in stage:
+                tables[b][:, group] = own[b]
+        device = self.weight.device
+        self.codes = torch.empty_like(self.codes)
+        self.codes[:, order] = torch.from_numpy(codes).to(device)
+        self.bits = stage[-1]
+        self.tables |= {b: torch.from_numpy(t).float().to(device) for b, t in tables.items()}
+
+    def _nearest(
+        self, column: int, targets: dict[int, Tensor], costs: dict[int, Tensor], prefix: Tensor, prefix_bits: int
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The code ``[out]`` below ``prefix`` whose values come nearest to ``targets``, and these values.
+
+        Nearest: least sum over precisions of ``costs[b] * (target - value)**2``.
+        """
+        group = int(self.group_of[column])
+        top = self.bits - prefix_bits
+        total: Tensor | float = 0.0
+        below: dict[int, Tensor] = {}
+        for b, target in targets.items():
+            table = self.tables[b][:, group]
+            if prefix_bits:
+                children = torch.arange(1 << (b - prefix_bits), device=table.device)
+                table = table.gather(1, (prefix[:, None] << (b - prefix_bits)) + children)
+            below[b] = table
+            cost = (target[:, None] - table).square_() * costs[b][:, None]
+            total = cost.repeat_interleave(1 << (self.bits - b), dim=1) + total if b < self.bits else cost + total
+        assert isinstance(total, Tensor)
+        leaf = total.argmin(1)
+        chosen = {b: table.gather(1, (leaf >> (self.bits - b))[:, None])[:, 0] for b, table in below.items()}
+        return (prefix << top) + leaf, chosen
+
+    def _assign(self, stage: Sequence[int], scales: dict[int, Tensor], prefix: Tensor, prefix_bits: int) -> None:
+        columns = self.weight.shape[1]
+        costs = {b: 1 / scale for b, scale in scales.items()}
+        moved = {b: self.weight.clone() for b in stage}
+        for start in range(0, columns, BLOCK_COLUMNS):
+            block = slice(start, min(start + BLOCK_COLUMNS, columns))
+            own = {b: moved[b][:, block].T.contiguous() for b in stage}  # a column is a row here: contiguous
+            errors = {b: torch.empty_like(own[b]) for b in stage}
+            for i, j in enumerate(range(block.start, block.stop)):
+                targets = {b: own[b][i] for b in stage}
+                self.codes[:, j], values = self._nearest(j, targets, costs, prefix[:, j], prefix_bits)
+                row = self.feedback[j, j : block.stop]
+                for b in stage:
+                    errors[b][i] = (targets[b] - values[b]) / row[0]
+                    own[b][i + 1 :].addr_(row[1:], errors[b][i], alpha=-1)
+            for b in stage:
+                moved[b][:, block.stop :].addmm_(errors[b].T, self.feedback[block, block.stop :], alpha=-1)
+
+    def _descend(self, stage: Sequence[int], scales: dict[int, Tensor], prefix: Tensor, prefix_bits: int) -> None:
+        columns = self.weight.shape[1]
+        costs = {b: 1 / scale for b, scale in scales.items()}
+        values = {b: self.values(b) for b in stage}
+        pull = {b: (self.weight - values[b]) @ self.moment for b in stage}  # minus half the gradient
+        for start in range(0, columns, BLOCK_COLUMNS):
+            block = slice(start, min(start + BLOCK_COLUMNS, columns))
+            own = {b: pull[b][:, block].T.contiguous() for b in stage}
+            before = {b: values[b][:, block].T.contiguous() for b in stage}
+            after = {b: before[b].clone() for b in stage}
+            for i, j in enumerate(range(block.start, block.stop)):
+                row = self.moment[j, block]
+                targets = {b: before[b][i] + own[b][i] / row[i] for b in stage}
+                self.codes[:, j], chosen = self._nearest(j, targets, costs, prefix[:, j], prefix_bits)
+                for b in stage:
+                    after[b][i] = chosen[b]
+                    own[b].addr_(row, chosen[b] - before[b][i], alpha=-1)
+            for b in stage:
+                pull[b].addmm_((after[b] - before[b]).T, self.moment[block], alpha=-1)
+
+    def _refit(self, stage: Sequence[int], steps: int) -> None:
+        """Conjugate gradients, from the tables that are there, on each row's ``A^T H A c = A^T H w``."""
+        for b in stage:
+            entries = self._entries(b)
+            shape = (len(self.weight), self.num_groups << b)
+
+            def gathered(c: Tensor, entries: Tensor = entries) -> Tensor:
+                return c.gather(1, entries)
+
+            def summed(x: Tensor, entries: Tensor = entries, shape: tuple[int, int] = shape) -> Tensor:
+                return torch.zeros(shape, device=x.device).scatter_add_(1, entries, x)
+
+            energy = summed(self.moment.diagonal().expand_as(self.weight))
+            inverse = torch.where(energy > 0, 1 / energy, 0.0)  # an entry that no weight uses stays
+            table = self.tables[b].flatten(1)
+            residual = summed((self.weight - gathered(table)) @ self.moment)
+            ahead = inverse * residual
+            direction = ahead.clone()
+            rate = (residual * ahead).sum(1, keepdim=True)
+            for _ in range(steps):
+                image = summed(gathered(direction) @ self.moment)
+                curvature = (direction * image).sum(1, keepdim=True)
+                step = torch.where(curvature > 0, rate / curvature, 0.0)
+                table = table + step * direction
+                residual = residual - step * image
+                ahead = inverse * residual
+                new_rate = (residual * ahead).sum(1, keepdim=True)
+                direction = ahead + torch.where(rate > 0, new_rate / rate, 0.0) * direction
+                rate = new_rate
+            self.tables[b] = table.view_as(self.tables[b])
+
+
+def _split_clusters(
+    values: np.ndarray, energy: np.ndarray, codes: np.ndarray, bits: int, stage: Sequence[int]
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """K-means below the clusters of ``codes`` (``bits`` bits): codes ``[rows, n]`` of the stage's last precision, and
+    the tables ``[rows, 2**b]`` of each."""
+    rows, n = values.shape
+    if bits == 0:
+        ordered = kmeans.sort_rows(np.ascontiguousarray(values), np.ascontiguousarray(energy))
+        cuts = kmeans.seed_clusters(ordered, 1 << stage[0])
+        rest = stage[1:]
+        tables = {stage[0]: kmeans.centroids(ordered, cuts)}
+    else:
+        order = np.lexsort((values, codes), axis=1).astype(np.int32)
+        weights = np.take_along_axis(energy, order, 1).astype(np.float64)
+        weights = np.maximum(weights / weights.mean(1, keepdims=True), kmeans.WEIGHT_FLOOR)
+        ordered = kmeans.SortedRows(order, np.take_along_axis(values, order, 1).astype(np.float64), weights)
+        places = codes + (np.arange(rows) << bits)[:, None]
+        counts = np.bincount(places.ravel(), minlength=rows << bits).reshape(rows, -1)
+        cuts = np.concatenate([np.zeros((rows, 1), np.int32), counts.cumsum(1, dtype=np.int32)], axis=1)
+        rest, tables = stage, {}
+    for b in rest:
+        cuts = kmeans.split_clusters(ordered, cuts)
+        tables[b] = kmeans.centroids(ordered, cuts)
+    return kmeans.labels(ordered, cuts).astype(np.int64), tables
