@@ -19,12 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pmpd.quant import kmeans
+from pmpd.quant import joint_cpu, joint_torch, kmeans
 from pmpd.quant.nested import MAX_BITS, NestedWeight, pack
 
 BLOCK_COLUMNS = 64
@@ -39,13 +41,15 @@ class JointOptions:
     """How hard to search.
 
     Attributes:
-        joint_bits: the precisions up to this one are chosen together, every further bit alone.
+        focus_bits: precisions above this one count ``high_share`` of the others.
+        high_share: 0: they are not chosen together with the others, but bit after bit afterwards.
         damping: share of H's mean diagonal that is added to it.
         refits: conjugate-gradient steps of a refit.
         sweeps: descents over the codes.
     """
 
-    joint_bits: int = 4
+    focus_bits: int = 4
+    high_share: float = 0.0
     damping: float = 0.01
     refits: int = 6
     sweeps: int = 2
@@ -79,8 +83,8 @@ def quantize_jointly(
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be >= 1 or None, got {group_size}")
     solver = Joint(weight.float(), damped(moment.float(), options.damping), group_size)
-    joint = range(seed_bits, min(max(options.joint_bits, seed_bits), parent_bits) + 1)
-    for stage in (joint, *([b] for b in range(joint.stop, parent_bits + 1))):
+    last = parent_bits if options.high_share else min(max(options.focus_bits, seed_bits), parent_bits)
+    for stage in (range(seed_bits, last + 1), *([b] for b in range(last + 1, parent_bits + 1))):
         solver.run(list(stage), options)
     return solver.result(parent_bits)
 
@@ -95,6 +99,21 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     if not scale > 0:
         return ridge
     return (moment + moment.T) / (2 * scale) + damping * ridge
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Precisions whose bits are chosen together.
+
+    Attributes:
+        prefix: int64 ``[out, in]``, the codes of earlier stages, of ``below`` bits.
+        costs: float32 ``[precisions, out]``, what a unit of each loss counts.
+    """
+
+    bits: tuple[int, ...]
+    prefix: Tensor
+    below: int
+    costs: Tensor
 
 
 class Joint:
@@ -120,17 +139,18 @@ class Joint:
         self.codes = torch.zeros(self.weight.shape, dtype=torch.int64, device=weight.device)
         self.tables: dict[int, Tensor] = {}
 
-    def run(self, stage: Sequence[int], options: JointOptions) -> None:
-        """Choose the bits of the precisions of ``stage``, which go on from those chosen so far."""
-        prefix, prefix_bits = self.codes, self.bits
-        self._start(stage)
-        scales = {
-            b: self.loss(b).clamp_min(LEAST_LOSS * (self.weight.square() @ self.moment.diagonal())) for b in stage
-        }
-        self._assign(stage, scales, prefix, prefix_bits)
+    def run(self, bits: Sequence[int], options: JointOptions) -> None:
+        """Choose the bits of the precisions ``bits``, which go on from those chosen so far."""
+        prefix, below = self.codes, self.bits
+        self._start(bits)
+        energy = self.weight.square() @ self.moment.diagonal()
+        scales = torch.stack([self.loss(b).clamp_min(1e-30 + LEAST_LOSS * energy) for b in bits])
+        shares = torch.tensor([1.0 if b <= options.focus_bits else options.high_share for b in bits])
+        stage = Stage(tuple(bits), prefix, below, shares.to(scales.device)[:, None] / scales)
+        self._assign(stage)
         self._refit(stage, options.refits)
         for _ in range(options.sweeps):
-            self._descend(stage, scales, prefix, prefix_bits)
+            self._descend(stage)
             self._refit(stage, options.refits)
 
     def values(self, bits: int) -> Tensor:
@@ -180,89 +200,37 @@ class Joint:
         self.bits = stage[-1]
         self.tables |= {b: torch.from_numpy(t).float().to(device) for b, t in tables.items()}
 
-    def _nearest(
-        self, column: int, targets: dict[int, Tensor], costs: dict[int, Tensor], prefix: Tensor, prefix_bits: int
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The code ``[out]`` below ``prefix`` whose values come nearest to ``targets``, and these values.
+    def _assign(self, stage: Stage) -> None:
+        moved = self.weight.expand(len(stage.bits), -1, -1).clone()
+        for block in self._blocks():
+            own = moved[:, :, block].contiguous()
+            errors = torch.empty_like(own)
+            _steps(own).assign_block(own, errors, self.feedback[block, block], *self._columns(stage, block))
+            moved[:, :, block.stop :] -= errors @ self.feedback[block, block.stop :]
 
-        Nearest: least sum over precisions of ``costs[b] * (target - value)**2``.
-        """
-        group = int(self.group_of[column])
-        top = self.bits - prefix_bits
-        total: Tensor | float = 0.0
-        below: dict[int, Tensor] = {}
-        for b, target in targets.items():
-            table = self.tables[b][:, group]
-            if prefix_bits:
-                children = torch.arange(1 << (b - prefix_bits), device=table.device)
-                table = table.gather(1, (prefix[:, None] << (b - prefix_bits)) + children)
-            below[b] = table
-            cost = (target[:, None] - table).square_() * costs[b][:, None]
-            total = cost.repeat_interleave(1 << (self.bits - b), dim=1) + total if b < self.bits else cost + total
-        assert isinstance(total, Tensor)
-        leaf = total.argmin(1)
-        chosen = {b: table.gather(1, (leaf >> (self.bits - b))[:, None])[:, 0] for b, table in below.items()}
-        return (prefix << top) + leaf, chosen
+    def _descend(self, stage: Stage) -> None:
+        values = torch.stack([self.values(b) for b in stage.bits])
+        pull = (self.weight - values) @ self.moment
+        for block in self._blocks():
+            before = values[:, :, block]
+            after, own = before.contiguous(), pull[:, :, block].contiguous()
+            _steps(own).descend_block(after, own, self.moment[block, block], *self._columns(stage, block))
+            pull -= (after - before) @ self.moment[block]
+            values[:, :, block] = after
 
-    def _assign(self, stage: Sequence[int], scales: dict[int, Tensor], prefix: Tensor, prefix_bits: int) -> None:
-        columns = self.weight.shape[1]
-        costs = {b: 1 / scale for b, scale in scales.items()}
-        moved = {b: self.weight.clone() for b in stage}
-        for start in range(0, columns, BLOCK_COLUMNS):
-            block = slice(start, min(start + BLOCK_COLUMNS, columns))
-            own = {b: moved[b][:, block].T.contiguous() for b in stage}  # a column is a row here: contiguous
-            errors = {b: torch.empty_like(own[b]) for b in stage}
-            for i, j in enumerate(range(block.start, block.stop)):
-                targets = {b: own[b][i] for b in stage}
-                self.codes[:, j], values = self._nearest(j, targets, costs, prefix[:, j], prefix_bits)
-                row = self.feedback[j, j : block.stop]
-                for b in stage:
-                    errors[b][i] = (targets[b] - values[b]) / row[0]
-                    own[b][i + 1 :].addr_(row[1:], errors[b][i], alpha=-1)
-            for b in stage:
-                moved[b][:, block.stop :].addmm_(errors[b].T, self.feedback[block, block.stop :], alpha=-1)
-
-    def _descend(self, stage: Sequence[int], scales: dict[int, Tensor], prefix: Tensor, prefix_bits: int) -> None:
-        columns = self.weight.shape[1]
-        costs = {b: 1 / scale for b, scale in scales.items()}
-        values = {b: self.values(b) for b in stage}
-        pull = {b: (self.weight - values[b]) @ self.moment for b in stage}  # minus half the gradient
-        for start in range(0, columns, BLOCK_COLUMNS):
-            block = slice(start, min(start + BLOCK_COLUMNS, columns))
-            own = {b: pull[b][:, block].T.contiguous() for b in stage}
-            before = {b: values[b][:, block].T.contiguous() for b in stage}
-            after = {b: before[b].clone() for b in stage}
-            for i, j in enumerate(range(block.start, block.stop)):
-                row = self.moment[j, block]
-                targets = {b: before[b][i] + own[b][i] / row[i] for b in stage}
-                self.codes[:, j], chosen = self._nearest(j, targets, costs, prefix[:, j], prefix_bits)
-                for b in stage:
-                    after[b][i] = chosen[b]
-                    own[b].addr_(row, chosen[b] - before[b][i], alpha=-1)
-            for b in stage:
-                pull[b].addmm_((after[b] - before[b]).T, self.moment[block], alpha=-1)
-
-    def _refit(self, stage: Sequence[int], steps: int) -> None:
+    def _refit(self, stage: Stage, steps: int) -> None:
         """Conjugate gradients, from the tables that are there, on each row's ``A^T H A c = A^T H w``."""
-        for b in stage:
-            entries = self._entries(b)
-            shape = (len(self.weight), self.num_groups << b)
-
-            def gathered(c: Tensor, entries: Tensor = entries) -> Tensor:
-                return c.gather(1, entries)
-
-            def summed(x: Tensor, entries: Tensor = entries, shape: tuple[int, int] = shape) -> Tensor:
-                return torch.zeros(shape, device=x.device).scatter_add_(1, entries, x)
-
-            energy = summed(self.moment.diagonal().expand_as(self.weight))
+        for b in stage.bits:
+            entries, size = self._entries(b), self.num_groups << b
+            summed = _steps(entries).summed
+            energy = summed(self.moment.diagonal().expand_as(self.weight).contiguous(), entries, size)
             inverse = torch.where(energy > 0, 1 / energy, 0.0)  # an entry that no weight uses stays
             table = self.tables[b].flatten(1)
-            residual = summed((self.weight - gathered(table)) @ self.moment)
-            ahead = inverse * residual
-            direction = ahead.clone()
-            rate = (residual * ahead).sum(1, keepdim=True)
+            residual = summed((self.weight - table.gather(1, entries)) @ self.moment, entries, size)
+            direction = inverse * residual
+            rate = (residual * direction).sum(1, keepdim=True)
             for _ in range(steps):
-                image = summed(gathered(direction) @ self.moment)
+                image = summed(direction.gather(1, entries) @ self.moment, entries, size)
                 curvature = (direction * image).sum(1, keepdim=True)
                 step = torch.where(curvature > 0, rate / curvature, 0.0)
                 table = table + step * direction
@@ -272,6 +240,22 @@ class Joint:
                 direction = ahead + torch.where(rate > 0, new_rate / rate, 0.0) * direction
                 rate = new_rate
             self.tables[b] = table.view_as(self.tables[b])
+
+    def _columns(self, stage: Stage, block: slice) -> tuple[Any, ...]:
+        """What a block's steps need besides their numbers: see ``joint_torch.assign_block``."""
+        tables = torch.cat([self.tables[b] for b in stage.bits], dim=2)
+        offsets = [sum(1 << b for b in stage.bits[:s]) for s in range(len(stage.bits))]
+        groups = self.group_of[block].tolist()
+        codes, prefix = self.codes[:, block], stage.prefix[:, block]
+        return codes, prefix, stage.below, tables, groups, offsets, list(stage.bits), stage.costs
+
+    def _blocks(self) -> list[slice]:
+        columns = self.weight.shape[1]
+        return [slice(s, min(s + BLOCK_COLUMNS, columns)) for s in range(0, columns, BLOCK_COLUMNS)]
+
+
+def _steps(tensor: Tensor) -> ModuleType:
+    return joint_cpu if tensor.device.type == "cpu" else joint_torch
 
 
 def _split_clusters(
