@@ -26,7 +26,8 @@ from pmpd.decode import window_nll
 from pmpd.metrics import perplexity
 from pmpd.models import attach, load_model, load_tokenizer, materialize, resolve
 from pmpd.stages.base import RuntimeConfig
-from pmpd.stages.quantization import QuantizeConfig, SensitivityConfig, run_quantize, run_sensitivity
+from pmpd.stages.calibration import SensitivityConfig, run_sensitivity
+from pmpd.stages.quantization import QuantizeConfig, run_quantize
 from pmpd.tasks import locate, read_rows, role_rows, windows
 
 FP16_BITS = 16

@@ -16,6 +16,7 @@ from pmpd.config import (
     ConfigError,
     Metric,
     Overlong,
+    QuantizerKind,
     SchedulerKind,
     check_precisions,
     grid,
@@ -25,6 +26,7 @@ from pmpd.models import resolve
 from pmpd.records import FP16_BITS, Schedule, class_schedules, schedule_family
 from pmpd.stages import RuntimeConfig, read_summary
 from pmpd.stages import inputs as inputs_
+from pmpd.stages.calibration import MOMENTS, SENSITIVITY, MomentsConfig, SensitivityConfig
 from pmpd.stages.evaluate import EVALUATE, EvaluateConfig
 from pmpd.stages.fit_static import FIT_STATIC, FitStaticConfig
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
@@ -37,7 +39,7 @@ from pmpd.stages.learned import (
     TrainLearnedConfig,
 )
 from pmpd.stages.measure import ESTIMATE, LATENCY, EstimateConfig, LatencyConfig
-from pmpd.stages.quantization import QUANTIZE, SENSITIVITY, QuantizeConfig, SensitivityConfig
+from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT, QuantizeConfig, QuantizeJointConfig
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
 
@@ -124,20 +126,7 @@ class Planner:
             data=self.texts_data,
         )
         self.runtime = RuntimeConfig(config.model.dtype.value, device_type(config), config.model.trust_remote_code)
-        # The gradients of float16 weights underflow.
-        differentiable = "bfloat16" if self.runtime.dtype == "float16" else self.runtime.dtype
-        sensitivity = SENSITIVITY.node(
-            SensitivityConfig(dataclasses.replace(self.runtime, dtype=differentiable)),
-            model=self.model,
-            texts=calibration,
-        )
-        self.nested = QUANTIZE.node(
-            QuantizeConfig(
-                quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size, quantizer.solver.value, trust
-            ),
-            model=self.model,
-            sensitivity=sensitivity,
-        )
+        self.nested = self._nested(calibration)
         self.search = SEARCH.node(
             SearchConfig(
                 seed_bits=quantizer.seed_bits,
@@ -149,6 +138,36 @@ class Planner:
             nested=self.nested,
             texts=self.perplexity_texts,
         )
+
+    def _nested(self, calibration: Node) -> Node:
+        """The quantised model, and what its quantiser weights errors by."""
+        quantizer, trust = self.config.quantizer, self.config.model.trust_remote_code
+        # The gradients of float16 weights underflow.
+        dtype = "bfloat16" if self.runtime.dtype == "float16" else self.runtime.dtype
+        differentiable = dataclasses.replace(self.runtime, dtype=dtype)
+        common = (quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size)
+        match quantizer.kind:
+            case QuantizerKind.anyprec:
+                sensitivity = SENSITIVITY.node(SensitivityConfig(differentiable), model=self.model, texts=calibration)
+                return QUANTIZE.node(
+                    QuantizeConfig(*common, quantizer.solver.value, trust), model=self.model, sensitivity=sensitivity
+                )
+            case QuantizerKind.joint:
+                moments = MOMENTS.node(MomentsConfig(differentiable), model=self.model, texts=calibration)
+                return QUANTIZE_JOINT.node(
+                    QuantizeJointConfig(
+                        *common,
+                        focus_bits=quantizer.focus_bits,
+                        high_share=quantizer.high_share,
+                        damping=quantizer.damping,
+                        refits=quantizer.refits,
+                        sweeps=quantizer.sweeps,
+                        device=self.runtime.device,
+                        trust_remote_code=trust,
+                    ),
+                    model=self.model,
+                    moments=moments,
+                )
 
     def precisions(self) -> Precisions:
         """The cell's precisions: given, or what the search found.

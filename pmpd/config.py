@@ -50,6 +50,11 @@ class SchedulerKind(Enum):
     learned = "learned"
 
 
+class QuantizerKind(Enum):
+    anyprec = "anyprec"
+    joint = "joint"
+
+
 class Solver(Enum):
     exact = "exact"
     lloyd = "lloyd"
@@ -125,7 +130,13 @@ class QuantizerConfig:
     seed_bits: int = 2
     parent_bits: int = 8
     group_size: Optional[int] = None
+    kind: QuantizerKind = MISSING
     solver: Solver = Solver.exact
+    focus_bits: int = 4
+    high_share: float = 0.0
+    damping: float = 0.01
+    refits: int = 6
+    sweeps: int = 2
 
 
 @dataclass
@@ -252,6 +263,14 @@ def check(config: Config) -> None:
         refuse("quantizer.parent_bits", quantizer.parent_bits, f"seed_bits ({quantizer.seed_bits}) to 8")
     if quantizer.group_size is not None and (quantizer.group_size < 32 or quantizer.group_size % 32):
         refuse("quantizer.group_size", quantizer.group_size, "null, or a multiple of 32")
+
+    if not 0 <= quantizer.high_share <= 1:
+        refuse("quantizer.high_share", quantizer.high_share, "0 to 1")
+    if not quantizer.damping > 0:
+        refuse("quantizer.damping", quantizer.damping, "more than 0: a second moment may be rank-deficient")
+    for name, steps in (("refits", quantizer.refits), ("sweeps", quantizer.sweeps)):
+        if steps < 0:
+            refuse(f"quantizer.{name}", steps, "0 or more")
 
     nested = range(quantizer.seed_bits, quantizer.parent_bits + 1)
     span = f"{nested.start} to {nested.stop - 1}, the range of quantizer.seed_bits and quantizer.parent_bits"

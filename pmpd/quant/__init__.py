@@ -1,7 +1,18 @@
-"""The nested quantiser: sensitivity, clusters, packed weights, and the layer that reads them."""
+"""The nested quantisers: what errors are weighted by, codes and tables, packed weights, the layer that reads them."""
 
+from pmpd.quant.joint import JointOptions, quantize_jointly
 from pmpd.quant.linear import NestedLinear, PrecisionCell
+from pmpd.quant.moments import accumulate_moments
 from pmpd.quant.nested import NestedWeight, quantize_weight
 from pmpd.quant.sensitivity import accumulate
 
-__all__ = ["NestedLinear", "NestedWeight", "PrecisionCell", "accumulate", "quantize_weight"]
+__all__ = [
+    "JointOptions",
+    "NestedLinear",
+    "NestedWeight",
+    "PrecisionCell",
+    "accumulate",
+    "accumulate_moments",
+    "quantize_jointly",
+    "quantize_weight",
+]

@@ -1,4 +1,4 @@
-"""Joint nested quantisation: one code a weight, whose prefixes serve every precision, chosen under a full second moment.
+"""Joint nested quantisation: one code a weight, whose prefixes serve every precision, under a full second moment.
 
 It knows a weight matrix and the second moment of its inputs, not where they come from; ``nested`` is the format.
 
@@ -263,7 +263,7 @@ def _split_clusters(
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """K-means below the clusters of ``codes`` (``bits`` bits): codes ``[rows, n]`` of the stage's last precision, and
     the tables ``[rows, 2**b]`` of each."""
-    rows, n = values.shape
+    rows = len(values)
     if bits == 0:
         ordered = kmeans.sort_rows(np.ascontiguousarray(values), np.ascontiguousarray(energy))
         cuts = kmeans.seed_clusters(ordered, 1 << stage[0])

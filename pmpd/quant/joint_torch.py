@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def _nearest(
-    targets: Tensor, costs: Tensor, table: Tensor, offsets: Sequence[int], bits: Sequence[int], prefix: Tensor, below: int
+    targets: Tensor,
+    costs: Tensor,
+    table: Tensor,
+    offsets: Sequence[int],
+    bits: Sequence[int],
+    prefix: Tensor,
+    below: int,
 ) -> tuple[Tensor, Tensor]:
     """The code ``[rows]`` of ``bits[-1]`` bits below ``prefix`` (of ``below`` bits) of least summed cost, the first of
     equals, and its values ``[precisions, rows]``.

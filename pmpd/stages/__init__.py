@@ -6,12 +6,13 @@ from typing import Any
 
 from pmpd.artifacts import Node
 from pmpd.stages.base import SUMMARY, RuntimeConfig, Stage, read_summary
+from pmpd.stages.calibration import MOMENTS, SENSITIVITY
 from pmpd.stages.evaluate import EVALUATE
 from pmpd.stages.fit_static import FIT_STATIC
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
 from pmpd.stages.learned import DECIDE, FEATURES, TRAIN_LEARNED
 from pmpd.stages.measure import ESTIMATE, LATENCY
-from pmpd.stages.quantization import QUANTIZE, SENSITIVITY
+from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT
 from pmpd.stages.rollouts import ROLLOUTS
 from pmpd.stages.search import SEARCH
 
@@ -24,7 +25,9 @@ STAGES: dict[str, Stage[Any]] = {
         TEXTS,
         SEEDS,
         SENSITIVITY,
+        MOMENTS,
         QUANTIZE,
+        QUANTIZE_JOINT,
         SEARCH,
         ROLLOUTS,
         FIT_STATIC,

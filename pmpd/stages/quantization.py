@@ -1,44 +1,20 @@
-"""Sensitivity, and the nested quantiser that it weights: killed in block k, the quantiser resumes in block k."""
+"""The nested quantisers: killed in block k, they resume in block k. Both leave the same kind of artifact."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from pmpd.artifacts import write_tensors
-from pmpd.models import LazyWeights, block_index, block_linears, linear_names
-from pmpd.quant import accumulate, quantize_weight
-from pmpd.stages.base import RuntimeConfig, Stage, write_summary
-from pmpd.stages.inputs import read_windows
-from pmpd.stages.runtime import load, progress
-
-
-@dataclass(frozen=True)
-class SensitivityConfig:
-    """How the squared gradients are computed; over which text is the ``texts`` input."""
-
-    runtime: RuntimeConfig
-
-
-def run_sensitivity(config: SensitivityConfig, inputs: Mapping[str, Path], out: Path) -> None:
-    """Mean squared gradient of the language-model loss for every block linear, one bfloat16 file a block.
-
-    bfloat16 keeps float32's range, which squared gradients need, at a relative error of at most 0.4 %.
-    """
-    windows = read_windows(inputs["texts"])
-    model, _ = load(inputs["model"], None, config.runtime)
-    sensitivity = accumulate(model, progress(windows, "sensitivity", len(windows)), block_linears(model))
-    for block, names in _by_block(sensitivity).items():
-        write_tensors(out / _shard(block), {name: sensitivity[name].to(torch.bfloat16) for name in names})
-    write_summary(
-        out,
-        {"num_windows": windows.shape[0], "window_tokens": windows.shape[1], "num_layers": len(sensitivity)},
-    )
+from pmpd.models import LazyWeights, linear_names
+from pmpd.quant import JointOptions, NestedWeight, quantize_jointly, quantize_weight
+from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.calibration import by_block, shard
+from pmpd.stages.runtime import progress
 
 
 @dataclass(frozen=True)
@@ -53,31 +29,80 @@ class QuantizeConfig:
 
 
 def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) -> None:
-    """Quantise every block linear to its nested form, one safetensors shard a block.
+    """Quantise every block linear to its nested form by k-means, weighted by the ``sensitivity`` input."""
 
-    Memory is bounded by a layer: weights and sensitivities are read a tensor at a time. A shard that a
-    killed run finished is kept.
+    def quantize(weight: Tensor, sensitivity: Tensor) -> NestedWeight:
+        return quantize_weight(
+            weight.float(),
+            sensitivity.float(),
+            seed_bits=config.seed_bits,
+            parent_bits=config.parent_bits,
+            group_size=config.group_size,
+            solver=config.solver,
+        )
+
+    _quantize(quantize, inputs["model"], inputs["sensitivity"], config.trust_remote_code, out)
+
+
+@dataclass(frozen=True)
+class QuantizeJointConfig:
+    """The joint quantiser (``pmpd.quant.joint``)."""
+
+    seed_bits: int
+    parent_bits: int
+    group_size: int | None
+    focus_bits: int
+    high_share: float
+    damping: float
+    refits: int
+    sweeps: int
+    device: str
+    trust_remote_code: bool
+
+
+def run_quantize_joint(config: QuantizeJointConfig, inputs: Mapping[str, Path], out: Path) -> None:
+    """Quantise every block linear under the second moments of the ``moments`` input."""
+    options = JointOptions(config.focus_bits, config.high_share, config.damping, config.refits, config.sweeps)
+
+    def quantize(weight: Tensor, moment: Tensor) -> NestedWeight:
+        return quantize_jointly(
+            weight.to(config.device).float(),
+            moment.to(config.device).float(),
+            seed_bits=config.seed_bits,
+            parent_bits=config.parent_bits,
+            group_size=config.group_size,
+            options=options,
+        )
+
+    _quantize(quantize, inputs["model"], inputs["moments"], config.trust_remote_code, out)
+
+
+def _quantize(
+    quantize: Callable[[Tensor, Tensor], NestedWeight],
+    model: Path,
+    statistics: Path,
+    trust_remote_code: bool,
+    out: Path,
+) -> None:
+    """One safetensors shard a block, of each layer's weight and the tensor that ``statistics`` has of its name.
+
+    Memory is bounded by a block: tensors are read one at a time. A shard that a killed run finished is kept.
     """
-    weights = LazyWeights(inputs["model"])
-    blocks = _by_block(linear_names(inputs["model"], config.trust_remote_code))
+    weights = LazyWeights(model)
+    blocks = by_block(linear_names(model, trust_remote_code))
     num_weights = stored_bytes = 0
+    precisions: set[int] = set()
     for block, names in progress(blocks.items(), "quantise", len(blocks)):
-        shard = out / _shard(block)
-        if not shard.exists():
-            tensors: dict[str, torch.Tensor] = {}
-            with safe_open(inputs["sensitivity"] / _shard(block), framework="pt") as sensitivity:
+        file = out / shard(block)
+        if not file.exists():
+            tensors: dict[str, Tensor] = {}
+            with safe_open(statistics / shard(block), framework="pt") as stored:
                 for name in names:
-                    tensors |= quantize_weight(
-                        weights.weight(name).float(),
-                        sensitivity.get_tensor(name).float(),
-                        seed_bits=config.seed_bits,
-                        parent_bits=config.parent_bits,
-                        group_size=config.group_size,
-                        solver=config.solver,
-                    ).to_tensors(name)
-            write_tensors(shard, tensors)
-        stored_bytes += shard.stat().st_size
-        with safe_open(shard, framework="pt") as stored:
+                    tensors |= quantize(weights.weight(name), stored.get_tensor(name)).to_tensors(name)
+            write_tensors(file, tensors)
+        stored_bytes += file.stat().st_size
+        with safe_open(file, framework="pt") as stored:
+            precisions = {int(k.rpartition(".")[2]) for k in stored.keys() if ".centroids." in k}  # noqa: SIM118
             for name in names:
                 columns = int(stored.get_tensor(f"{name}.layout")[0])
                 num_weights += stored.get_slice(f"{name}.planes").get_shape()[1] * columns
@@ -87,22 +112,17 @@ def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) 
             "num_blocks": len(blocks),
             "num_weights": num_weights,
             "stored_bits_per_weight": 8 * stored_bytes / num_weights,
-            "seed_bits": config.seed_bits,
-            "parent_bits": config.parent_bits,
+            "seed_bits": min(precisions),
+            "parent_bits": max(precisions),
         },
     )
 
 
-def _by_block(names: Mapping[str, object] | list[str]) -> dict[int, list[str]]:
-    blocks: dict[int, list[str]] = defaultdict(list)
-    for name in names:
-        blocks[block_index(name)].append(name)
-    return dict(sorted(blocks.items()))
-
-
-def _shard(block: int) -> str:
-    return f"block_{block:03d}.safetensors"
-
-
-SENSITIVITY = Stage("sensitivity", 1, SensitivityConfig, run_sensitivity, "a backward pass over the calibration text")
 QUANTIZE = Stage("quantize", 1, QuantizeConfig, run_quantize, "k-means over every weight")
+QUANTIZE_JOINT = Stage(
+    "quantize_joint",
+    1,
+    QuantizeJointConfig,
+    run_quantize_joint,
+    "error feedback and descents over every weight",
+)

@@ -76,30 +76,25 @@ def test_one_precision_is_ordinary_error_feedback() -> None:
             w[r, j:] -= (w[r, j] - q) / inverse[0, 0] * inverse[0]
 
 
-def test_the_code_is_the_best_of_all_by_trying_each() -> None:
+def test_where_descents_settle_no_single_code_can_be_bettered() -> None:
     weight, moment = layer(rows=4, columns=8)
     solver = Joint(weight, damped(moment, 0.01), None)
-    solver.run([2, 3, 4], JointOptions(sweeps=3))
-    stage = [row_losses(solver.weight, solver.values(b), solver.moment) for b in PRECISIONS]
-    # After descents that changed nothing more, no single code can be changed to a gain.
-    kmeans = Joint(weight, damped(moment, 0.01), None)
-    kmeans._start(PRECISIONS)
-    scales = [kmeans.loss(b).double() for b in PRECISIONS]
-    solver._descend(Stage((2, 3, 4), torch.zeros_like(solver.codes), 0, torch.stack([1 / s for s in scales]).float()))
-    before = sum(row_losses(solver.weight, solver.values(b), solver.moment) / s for b, s in zip(PRECISIONS, scales))
-    for _ in range(8):
-        solver._descend(
-            Stage((2, 3, 4), torch.zeros_like(solver.codes), 0, torch.stack([1 / s for s in scales]).float())
-        )
-    settled = sum(row_losses(solver.weight, solver.values(b), solver.moment) / s for b, s in zip(PRECISIONS, scales))
-    assert (settled <= before + 1e-6).all()
-    assert stage
-    codes = solver.codes.clone()
+    solver.run([2, 3, 4], JointOptions(sweeps=0))
+    scales = {b: solver.loss(b).double() for b in PRECISIONS}
+    costs = torch.stack([1 / scale for scale in scales.values()]).float()
+    stage = Stage((2, 3, 4), torch.zeros_like(solver.codes), 0, costs)
+
+    def joint_loss() -> Tensor:
+        losses = {b: row_losses(solver.weight, solver.values(b), solver.moment) for b in PRECISIONS}
+        return torch.stack([losses[b] / scales[b] for b in PRECISIONS]).sum(0)
+
+    for _ in range(10):
+        solver._descend(stage)
+    settled, codes = joint_loss(), solver.codes.clone()
     for column, code in itertools.product(range(8), range(16)):
         solver.codes = codes.clone()
         solver.codes[:, column] = code
-        other = sum(row_losses(solver.weight, solver.values(b), solver.moment) / s for b, s in zip(PRECISIONS, scales))
-        assert (other >= settled * (1 - 1e-5)).all()
+        assert (joint_loss() >= settled * (1 - 1e-5)).all()
 
 
 def test_prefixes_are_the_codes_of_lower_precisions_and_columns_are_in_their_places() -> None:
@@ -140,9 +135,7 @@ def test_compiled_steps_are_the_plain_ones(group_size: int | None, monkeypatch: 
         monkeypatch.setattr(joint_cpu, name, getattr(joint_torch, name))
     plain = quantize_jointly(weight, moment, parent_bits=5, group_size=group_size, options=options)
     for bits in range(2, 6):
-        ours, theirs = (
-            row_losses(weight, q.dequantize(bits).float(), damped(moment, 0.01)) for q in (compiled, plain)
-        )
+        ours, theirs = (row_losses(weight, q.dequantize(bits).float(), damped(moment, 0.01)) for q in (compiled, plain))
         # Sums in another order may tip a tie, after which the codes differ; the losses hardly do.
         torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0)
         assert float(ours.sum() / theirs.sum()) == pytest.approx(1, abs=0.02)
