@@ -45,6 +45,9 @@ BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
 
 
+UNIFORM = (SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low)
+
+
 @dataclass(frozen=True)
 class Precisions:
     """The pair (or more) of a cell, and where it came from."""
@@ -90,6 +93,16 @@ class Cell:
         return [*first, *wanted]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a cell's schedules come about: one that is given, or inputs of the evaluation that say."""
+
+    schedule: Schedule | None = None
+    inputs: dict[str, Input] = dataclasses.field(default_factory=dict)
+    fit: Node | None = None
+    training: Node | None = None
+
+
 class MissingSearchError(ConfigError):
     """``model.high_bits`` is null and the search has not run."""
 
@@ -109,8 +122,10 @@ class Planner:
         self.digests = store.root / "digests.json"
         self.model = model_input(self.source, self.digests)
         self.encoder: dict[str, Input] = {}
+        self.encoder_name = ""
         if Metric.bertscore in config.task.metrics:
-            self.encoder["encoder"] = encoder_input(config.budget.bertscore_encoder, self.digests)
+            self.encoder_name = config.budget.bertscore_encoder
+            self.encoder["encoder"] = encoder_input(self.encoder_name, self.digests)
         budget, quantizer, trust = config.budget, config.quantizer, config.model.trust_remote_code
         self.texts_data = text_input(config, self.digests)
         calibration = TEXTS.node(
@@ -180,87 +195,111 @@ class Planner:
         return Precisions((high, *model.middle_bits, low), source)
 
     def cell(self, scheduler: SchedulerKind | None = None) -> Cell:
-        """The recipes of this cell, or of the same cell under another, uniform scheduler."""
+        """The recipes of this cell, or of the same cell under another, uniform scheduler, which share rollouts."""
         config, budget, task = self.config, self.config.budget, self.config.task
-        kind = scheduler or config.scheduler.kind
+        if scheduler is not None and scheduler is not config.scheduler.kind:
+            config = replace_scheduler(config, scheduler)
+        kind = config.scheduler.kind
         precisions = self.precisions()
-        own = kind is config.scheduler.kind
-        prefill = config.scheduler.prefill_bits if config.scheduler.prefill_bits is not None else precisions.high
-        pmpd = (
-            class_schedules(prefill, precisions.levels, self.max_new_tokens)
-            if config.scheduler.kind is SchedulerKind.learned
-            else schedule_family(prefill, precisions.levels, grid(config))
-        )
-        uniform = {
-            SchedulerKind.fp16: Schedule.uniform(FP16_BITS),
-            SchedulerKind.high: Schedule.uniform(precisions.high),
-            SchedulerKind.low: Schedule.uniform(precisions.low),
-        }
-        metrics = [m.value for m in task.metrics]
+        candidates = self._candidates(precisions)
         prompts = self._prompts(task.test_split, budget.test_samples)
-        rollouts = self._rollouts(prompts, pmpd, precisions, self.max_new_tokens)
+        rollouts = self._rollouts(prompts, candidates, precisions, self.max_new_tokens)
         if kind is SchedulerKind.low:
-            rollouts["rollouts_low"] = self._rollout(prompts, [uniform[kind]], self.max_new_tokens)
-        fit = training = decisions = None
-        schedule = uniform[kind].name if kind in uniform else None
-        if own and kind is SchedulerKind.static and config.scheduler.switch_step is not None:
-            schedule = Schedule(prefill, precisions.levels, (config.scheduler.switch_step,)).name
-        elif own and kind is SchedulerKind.static:
-            assert task.validation_split is not None
-            validation = self._prompts(task.validation_split, budget.validation_samples)
-            fit = FIT_STATIC.node(
-                FitStaticConfig(
-                    schedules=[s.name for s in pmpd],
-                    max_new_tokens=self.max_new_tokens,
-                    high=Schedule.uniform(precisions.high).name,
-                    metric=metrics[0],
-                    tolerance=config.scheduler.tolerance,
-                    encoder=budget.bertscore_encoder if Metric.bertscore in task.metrics else "",
-                    device=self.runtime.device,
-                    resamples=budget.bootstrap_resamples,
-                    seed=config.seed,
-                ),
-                prompts=validation,
-                **self.encoder,
-                **self._rollouts(validation, pmpd, precisions, self.max_new_tokens),
-            )
-        elif own and kind is SchedulerKind.learned:
-            training, decisions = self._learned(precisions, prefill, prompts, rollouts["rollouts"])
-        choice: dict[str, Input] = {}
-        if fit is not None:
-            choice["choice"] = fit
-        if decisions is not None:
-            choice["decisions"] = decisions
+            rollouts["rollouts_low"] = self._rollout(prompts, [_uniform(kind, precisions)], self.max_new_tokens)
+        choice = self._choice(config, precisions, candidates, prompts, rollouts["rollouts"])
         evaluation = EVALUATE.node(
             EvaluateConfig(
                 scheduler=kind.value,
-                schedule=schedule,
+                schedule=choice.schedule.name if choice.schedule else None,
                 high=Schedule.uniform(precisions.high).name,
-                curve=[s.name for s in pmpd] if kind in (SchedulerKind.static, SchedulerKind.learned) else [],
-                metrics=metrics,
+                curve=[s.name for s in candidates] if kind in (SchedulerKind.static, SchedulerKind.learned) else [],
+                metrics=[m.value for m in task.metrics],
                 max_new_tokens=self.max_new_tokens,
-                encoder=budget.bertscore_encoder if Metric.bertscore in task.metrics else "",
+                encoder=self.encoder_name,
                 device=self.runtime.device,
                 resamples=budget.bootstrap_resamples,
                 seed=config.seed,
             ),
             prompts=prompts,
             **rollouts,
-            **choice,
+            **choice.inputs,
             **self.encoder,
         )
-        estimate = ESTIMATE.node(
+        return Cell(
+            config=config,
+            precisions=precisions,
+            prefill_bits=_uniform(kind, precisions).prefill_bits if kind in UNIFORM else self._prefill_bits(precisions),
+            search=self.search,
+            evaluation=evaluation,
+            estimate=self._estimate(evaluation),
+            latency=self._latency(precisions),
+            fit=choice.fit,
+            training=choice.training,
+        )
+
+    def _prefill_bits(self, precisions: Precisions) -> int:
+        given = self.config.scheduler.prefill_bits
+        return precisions.high if given is None else given
+
+    def _candidates(self, precisions: Precisions) -> list[Schedule]:
+        """The schedules that this cell's scheduler chooses among; the baselines' cells roll out the same."""
+        prefill = self._prefill_bits(precisions)
+        if self.config.scheduler.kind is SchedulerKind.learned:
+            return class_schedules(prefill, precisions.levels, self.max_new_tokens)
+        return schedule_family(prefill, precisions.levels, grid(self.config))
+
+    def _choice(
+        self, config: Config, precisions: Precisions, candidates: list[Schedule], prompts: Node, rollouts: Input
+    ) -> Choice:
+        kind, step = config.scheduler.kind, config.scheduler.switch_step
+        if kind in UNIFORM:
+            return Choice(_uniform(kind, precisions))
+        if kind is SchedulerKind.static and step is not None:
+            return Choice(Schedule(self._prefill_bits(precisions), precisions.levels, (step,)))
+        if kind is SchedulerKind.static:
+            fit = self._fit(precisions, candidates)
+            return Choice(inputs={"choice": fit}, fit=fit)
+        training, decisions = self._learned(precisions, prompts, rollouts)
+        return Choice(inputs={"decisions": decisions}, training=training)
+
+    def _fit(self, precisions: Precisions, candidates: list[Schedule]) -> Node:
+        config, task = self.config, self.config.task
+        assert task.validation_split is not None
+        validation = self._prompts(task.validation_split, config.budget.validation_samples)
+        return FIT_STATIC.node(
+            FitStaticConfig(
+                schedules=[s.name for s in candidates],
+                max_new_tokens=self.max_new_tokens,
+                high=Schedule.uniform(precisions.high).name,
+                metric=task.metrics[0].value,
+                tolerance=config.scheduler.tolerance,
+                encoder=self.encoder_name,
+                device=self.runtime.device,
+                resamples=config.budget.bootstrap_resamples,
+                seed=config.seed,
+            ),
+            prompts=validation,
+            **self.encoder,
+            **self._rollouts(validation, candidates, precisions, self.max_new_tokens),
+        )
+
+    def _estimate(self, evaluation: Node) -> Node:
+        config = self.config
+        return ESTIMATE.node(
             EstimateConfig(
                 npu=dataclasses.asdict(config.hardware),
                 parent_bits=config.quantizer.parent_bits,
                 trust_remote_code=config.model.trust_remote_code,
-                resamples=budget.bootstrap_resamples,
+                resamples=config.budget.bootstrap_resamples,
                 seed=config.seed,
             ),
             evaluation=evaluation,
             model=self.model,
         )
-        latency = LATENCY.node(
+
+    def _latency(self, precisions: Precisions) -> Node:
+        budget = self.config.budget
+        return LATENCY.node(
             LatencyConfig(
                 bits=sorted({FP16_BITS, *precisions.levels}, reverse=True),
                 num_tokens=budget.timing_tokens,
@@ -271,23 +310,11 @@ class Planner:
             nested=self.nested,
             texts=self.perplexity_texts,
         )
-        return Cell(
-            config if own else replace_scheduler(config, kind),
-            precisions,
-            {SchedulerKind.fp16: FP16_BITS, SchedulerKind.high: precisions.high, SchedulerKind.low: precisions.low}.get(
-                kind, prefill
-            ),
-            self.search,
-            evaluation,
-            estimate,
-            latency,
-            fit,
-            training,
-        )
 
-    def _learned(self, precisions: Precisions, prefill: int, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
+    def _learned(self, precisions: Precisions, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
+        """Training, and its decisions on the task's prompts."""
         config, budget = self.config, self.config.budget
-        scheduler = config.scheduler
+        scheduler, prefill = config.scheduler, self._prefill_bits(precisions)
         seeds = SEEDS.node(
             inputs_.SeedsConfig(
                 budget.seed_prompts,
@@ -382,6 +409,11 @@ class Planner:
             model=self.model,
             data=task_input(config, split, self.digests),
         )
+
+
+def _uniform(kind: SchedulerKind, precisions: Precisions) -> Schedule:
+    bits = {SchedulerKind.fp16: FP16_BITS, SchedulerKind.high: precisions.high, SchedulerKind.low: precisions.low}
+    return Schedule.uniform(bits[kind])
 
 
 def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
