@@ -80,14 +80,14 @@ def prefill_forward(
 def decode_steps_s(
     npu: NPU,
     architecture: Architecture,
-    prompt_tokens: int,
+    prompt_tokens: ArrayLike,
     decode_bits: Sequence[int],
     weights: StoredWeights = ANY_WEIGHTS,
     batch: ArrayLike = 1,
 ) -> Array:
     """Seconds of every decode step ``[..., steps]``; step t attends to ``prompt_tokens + t`` positions.
 
-    Arrays of the NPU need a last axis of 1, for the steps.
+    ``prompt_tokens`` ``[...]`` gets an axis for the steps; arrays of the NPU and a batch must bring one of length 1.
 
     Raises:
         ValueError: as :func:`decode_forward`.
@@ -97,7 +97,7 @@ def decode_steps_s(
     # Weights do not depend on the context and few precisions occur, so their part is worked out once for each.
     bits, step = np.unique(np.asarray(decode_bits, dtype=np.float64), return_inverse=True)
     rest = decode_forward(npu, architecture, bits, 0, weights, batch)
-    context = _at_least("prompt_tokens", prompt_tokens, 0) + np.arange(1, len(step) + 1)
+    context = _at_least("prompt_tokens", prompt_tokens, 0)[..., None] + np.arange(1, len(step) + 1)
     attention = decode_forward(npu, architecture, FP16_BITS, context, weights, batch).attention_s
     return rest.total_s[..., step] + attention
 
@@ -105,7 +105,7 @@ def decode_steps_s(
 def generation_s(
     npu: NPU,
     architecture: Architecture,
-    prompt_tokens: int,
+    prompt_tokens: ArrayLike,
     prefill_bits: int,
     decode_bits: Sequence[int],
     weights: StoredWeights = ANY_WEIGHTS,
@@ -125,7 +125,7 @@ def generation_s(
 def tokens_per_s(
     npu: NPU,
     architecture: Architecture,
-    prompt_tokens: int,
+    prompt_tokens: ArrayLike,
     decode_bits: Sequence[int],
     weights: StoredWeights = ANY_WEIGHTS,
     batch: ArrayLike = 1,
