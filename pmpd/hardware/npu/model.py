@@ -73,7 +73,7 @@ def prefill_forward(
     Raises:
         ValueError: as :func:`decode_forward`.
     """
-    prompt = _at_least("prompt_tokens", prompt_tokens, 0)
+    prompt = _at_least("prompt_tokens", prompt_tokens, 1)
     return _forward(npu, architecture, bits, prompt, prompt, weights, _at_least("batch", batch, 1))
 
 
