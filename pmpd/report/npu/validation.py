@@ -46,7 +46,7 @@ def models_of(hardware: str) -> list[str]:
 
 
 def high_bits(model: str) -> int:
-    """Uniform high of the model in the paper's figure; its pair's low is one less."""
+    """Uniform high of the model in the paper's figure, 4 for a model that it does not show; low is one less."""
     found = [p.weight_bits for p in read_published() if (p.model, p.schedule) == (model, "high")]
     return int(found[0]) if found else 4
 
