@@ -14,6 +14,7 @@ from pmpd.artifacts import Input, Node, Store
 from pmpd.config import (
     Config,
     ConfigError,
+    HardwareConfig,
     Metric,
     Overlong,
     SchedulerKind,
@@ -21,6 +22,7 @@ from pmpd.config import (
     grid,
     max_new_tokens,
 )
+from pmpd.hardware.npu import NPU
 from pmpd.models import resolve
 from pmpd.records import FP16_BITS, Schedule, class_schedules, schedule_family
 from pmpd.stages import RuntimeConfig, read_summary
@@ -117,6 +119,7 @@ class Planner:
     def __init__(self, config: Config, store: Store) -> None:
         self.config = config
         self.store = store
+        npu_of(config.hardware)  # refused here, before anything runs
         self.max_new_tokens = max_new_tokens(config)
         self.source = resolve(config.model.path, config.model.revision)
         self.digests = store.root / "digests.json"
@@ -289,6 +292,7 @@ class Planner:
             EstimateConfig(
                 npu=dataclasses.asdict(config.hardware),
                 parent_bits=config.quantizer.parent_bits,
+                group_size=config.quantizer.group_size,
                 trust_remote_code=config.model.trust_remote_code,
                 resamples=config.budget.bootstrap_resamples,
                 seed=config.seed,
@@ -422,3 +426,15 @@ def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
         config.scheduler, name=kind.value, kind=kind, prefill_bits=None, grid=None, switch_step=None
     )
     return dataclasses.replace(config, scheduler=scheduler)
+
+
+def npu_of(hardware: HardwareConfig) -> NPU:
+    """The NPU that a configuration describes.
+
+    Raises:
+        ConfigError: a number outside its range.
+    """
+    try:
+        return NPU(**dataclasses.asdict(hardware))
+    except ValueError as error:
+        raise ConfigError(f"hardware.{error}") from error

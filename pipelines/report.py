@@ -2,6 +2,7 @@
 
     python pipelines/report.py experiment=quickstart
     python pipelines/report.py task=dialogsum,iwslt scheduler=high,static data.root=DIR
+    python pipelines/report.py experiment=npu              # the NPU model alone: needs no store
 
 A cell that is missing is named with the command that fills it.
 """
@@ -25,12 +26,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pipelines.plan import Cell, Planner
+from pipelines.plan import Cell, Planner, npu_of
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, read_json
-from pmpd.config import Config, from_omegaconf, max_new_tokens
+from pmpd.config import Config, ReportKind, from_omegaconf, max_new_tokens
 from pmpd.records import Schedule
 from pmpd.report import CellRecord, draw_perplexity, draw_quality, draw_switch_steps, summary_table, tidy
+from pmpd.report.npu import write_npu_report
 from pmpd.stages import read_summary
 
 log = logging.getLogger("pmpd.report")
@@ -62,13 +64,11 @@ def grid_of(overrides: Sequence[str]) -> list[list[str]]:
     return [[*plain, *choice] for choice in itertools.product(*axes)]
 
 
-def collect(cells: Sequence[Sequence[str]]) -> tuple[list[CellRecord], list[Missing], Config]:
-    """Compose every cell, compute its keys, and read what is there."""
+def collect(cells: Sequence[Sequence[str]], configs: Sequence[Config]) -> tuple[list[CellRecord], list[Missing]]:
+    """Compute the keys of every cell and read what is there."""
     records: list[CellRecord] = []
     missing: list[Missing] = []
-    config: Config | None = None
-    for overrides in cells:
-        config = from_omegaconf(compose("config", overrides=list(overrides)))
+    for overrides, config in zip(cells, configs, strict=True):
         store = Store(Path(config.store))
         command = "python pipelines/run.py " + shlex.join(o for o in overrides)
         if any(o.startswith("experiment=") for o in overrides):
@@ -77,8 +77,7 @@ def collect(cells: Sequence[Sequence[str]]) -> tuple[list[CellRecord], list[Miss
             records += cell_records([Planner(config, store).cell()], store)
         except (ValueError, FileNotFoundError, StoreError) as error:
             missing.append(Missing(command, str(error)))
-    assert config is not None
-    return records, missing, config
+    return records, missing
 
 
 def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
@@ -173,16 +172,23 @@ class SweepReport(Callback):
 
 
 def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
-    """Collect the grid behind ``overrides`` and write its report; missing cells are named and returned.
+    """Write the report of the grid behind ``overrides``; missing cells are named and returned.
 
-    ``out`` is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
+    ``report`` in the configuration says what kind: of cells from the store, or of the grid's machines alone. ``out``
+    is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
     """
     GlobalHydra.instance().clear()
     register()
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="report"):
-        records, missing, config = collect(grid_of(overrides))
+        cells = grid_of(overrides)
+        configs = [from_omegaconf(compose("config", overrides=cell)) for cell in cells]
+    out = out or PAPER / configs[0].run_name
+    if configs[0].report is ReportKind.npu:
+        write_npu_report([npu_of(config.hardware) for config in configs], out)
+        return []
+    records, missing = collect(cells, configs)
     if records:
-        write_report(records, out or PAPER / config.run_name)
+        write_report(records, out)
     for cell in missing:
         log.warning("missing: %s\n  fill it with: %s", cell.reason, cell.command)
     return missing

@@ -34,7 +34,7 @@ from pipelines.preflight import cells_of, check_disk, check_sources, describe
 from pipelines.report import cell_records, write_report
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, disk_is_full
-from pmpd.config import Config, from_omegaconf
+from pmpd.config import Config, ConfigError, ReportKind, from_omegaconf
 from pmpd.stages import SUMMARY, execute, read_summary
 from pmpd.tracking import Tracker, open_tracker
 
@@ -49,6 +49,10 @@ def run_cell(config: Config, out: Path, job: str) -> None:
     Raises:
         ValueError, StoreError: anything that a user can mend; nothing that was finished is lost.
     """
+    if config.report is not ReportKind.cells:
+        raise ConfigError(
+            f"report={config.report.value}: no cell to run; give the same choices to python pipelines/report.py"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     store = Store(Path(config.store))

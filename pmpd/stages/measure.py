@@ -1,6 +1,6 @@
 """What a schedule gains: estimated on an NPU from the schedules that evaluation used, and timed on this device.
 
-The estimate is a formula (``pmpd.hardware.npu``) applied to every sample's own prompt length and bits.
+The estimate is a model (``pmpd.hardware.npu``) applied to every sample's own prompt length and bits, step by step.
 The timing is of one decode step at each precision; on a CPU it runs on dequantised weights and says
 nothing about bits.
 """
@@ -18,7 +18,8 @@ import torch
 
 from pmpd.artifacts import write_json
 from pmpd.decode import decode, prefill
-from pmpd.hardware import NPU, generation_time_s, time_steps
+from pmpd.hardware import time_steps
+from pmpd.hardware.npu import NPU, StoredWeights, generation_s
 from pmpd.models import architecture, context_length
 from pmpd.records import FP16_BITS, Schedule, Step
 from pmpd.schedulers import Fixed
@@ -31,10 +32,11 @@ from pmpd.stages.scoring import mean_scores
 
 @dataclass(frozen=True)
 class EstimateConfig:
-    """The NPU's constants (``conf/hardware``) and the nested model's planes."""
+    """The NPU's constants (``conf/hardware``), the nested model's planes and the inputs that share a table."""
 
     npu: dict[str, Any]
     parent_bits: int
+    group_size: int | None
     trust_remote_code: bool
     resamples: int
     seed: int
@@ -48,34 +50,26 @@ def run_estimate(config: EstimateConfig, inputs: Mapping[str, Path], out: Path) 
     """
     npu = NPU(**config.npu)
     shape = architecture(inputs["model"], config.trust_remote_code)
+    weights = StoredWeights(config.parent_bits, config.group_size)
     decode_rate, decode_gain, total_gain, time_bits = [], [], [], []
     for completion in read_completions(inputs["evaluation"]):
-        own = np.zeros(2)
-        fp16 = np.zeros(2)
-        weighted = steps = 0.0
+        own, fp16 = [], []
         for g in completion.generations:
-            bits = g.decode_bits
-            own += generation_time_s(npu, shape, g.prompt_tokens, g.schedule.prefill_bits, bits, config.parent_bits)
-            fp16 += generation_time_s(
-                npu, shape, g.prompt_tokens, FP16_BITS, [FP16_BITS] * len(bits), config.parent_bits
-            )
-            seconds = [
-                generation_time_s(npu, shape, g.prompt_tokens + t, FP16_BITS, [b], config.parent_bits)[1]
-                for t, b in enumerate(bits)
-            ]
-            weighted += float(np.dot(seconds, bits)) if bits else 0.0
-            steps += len(bits)
-        if steps:
-            decode_rate.append(steps / own[1])
-            decode_gain.append(fp16[1] / own[1])
-            time_bits.append(weighted / own[1])
-        total_gain.append(fp16.sum() / own.sum())
-    head = "head counted" if npu.count_head else "head not counted"
+            own.append(generation_s(npu, shape, g.prompt_tokens, g.schedule.prefill_bits, g.decode_bits, weights))
+            bits = [FP16_BITS] * len(g.decode_bits)
+            fp16.append(generation_s(npu, shape, g.prompt_tokens, FP16_BITS, bits, weights))
+        steps_s, fp16_steps_s = (np.concatenate([steps for _, steps in times]) for times in (own, fp16))
+        if len(steps_s):
+            decode_rate.append(len(steps_s) / steps_s.sum())
+            decode_gain.append(fp16_steps_s.sum() / steps_s.sum())
+            time_bits.append(steps_s @ np.asarray(completion.decode_bits) / steps_s.sum())
+        prefill_s, fp16_prefill_s = (sum(first for first, _ in times) for times in (own, fp16))
+        total_gain.append((fp16_prefill_s + fp16_steps_s.sum()) / (prefill_s + steps_s.sum()))
     rows = []
     for quantity, unit, values in (
-        ("npu_decode_throughput", f"tokens/s on {npu.name}, estimated, {head}", decode_rate),
-        ("npu_decode_speedup", f"times fp16 on {npu.name}, estimated, {head}", decode_gain),
-        ("npu_total_speedup", f"times fp16 on {npu.name}, prefill included, estimated, {head}", total_gain),
+        ("npu_decode_throughput", f"tokens/s on {npu.name}, estimated; {npu.counted}", decode_rate),
+        ("npu_decode_speedup", f"times fp16 on {npu.name}, estimated; {npu.counted}", decode_gain),
+        ("npu_total_speedup", f"times fp16 on {npu.name}, prefill included, estimated; {npu.counted}", total_gain),
         ("average_bits_time", f"bits, weighted by decode time on {npu.name}", time_bits),
     ):
         if values:
@@ -136,5 +130,5 @@ def _cpu_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-ESTIMATE = Stage("estimate", 1, EstimateConfig, run_estimate, "milliseconds")
+ESTIMATE = Stage("estimate", 2, EstimateConfig, run_estimate, "milliseconds")
 LATENCY = Stage("latency", 1, LatencyConfig, run_latency, "seconds")

@@ -30,7 +30,7 @@ from tests.tiny import tiny_model_dir
 
 GOLDEN: dict[str, tuple[int, str]] = {
     "decide": (1, "220c4343fc927d2d"),
-    "estimate": (1, "84fdba576f379e66"),
+    "estimate": (2, "259b34e24a751a4f"),
     "evaluate": (1, "992c090ac218ba7d"),
     "features": (1, "1c899026885b75dc"),
     "fit_static": (1, "2e9476430a3c7874"),
