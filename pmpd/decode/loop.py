@@ -93,7 +93,9 @@ class State:
 
 @runtime_checkable
 class StepModel(Protocol):
-    """A model that has a faster way to take one decode step than its forward."""
+    """A model that has a faster way to take one decode step than its forward, for up to ``max_rows`` sequences."""
+
+    max_rows: int
 
     def decode_step(self, state: State) -> tuple[Tensor, Tensor]:
         """Read ``state.tokens`` at ``state.bits``, append their KV to ``state.cache``.
@@ -211,7 +213,7 @@ def decode(
 
 def _step(model: nn.Module, cell: PrecisionCell | None, state: State) -> tuple[Tensor, Tensor]:
     """Logits and tokens of decode step ``state.step`` at ``state.bits``."""
-    if isinstance(model, StepModel):
+    if isinstance(model, StepModel) and len(state) <= model.max_rows:
         set_bits(cell, state.bits)
         return model.decode_step(state)
     positions = state.prompt_tokens + (state.step - 1)
