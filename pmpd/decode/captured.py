@@ -42,6 +42,8 @@ class CapturedStep:
         head = model.get_output_embeddings().weight
         self.logits = torch.zeros(MAX_ROWS, head.shape[0], dtype=head.dtype, device=self.device)
         self.layers = [_ColumnLayer(self.counters) for _ in range(config.num_hidden_layers)]
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.columns = torch.empty(0, dtype=torch.int64, device=self.device)
         self._tenant: weakref.ref[BufferCache] | None = None
 
@@ -53,12 +55,12 @@ class CapturedStep:
         if tenant is not None and (tenant is not cache or grows):
             tenant.move(*(_like(tenant, rows=tenant.buffers[0].rows, capacity=tenant.buffers[0].capacity)))
         if grows:
-            keys, values = _like(cache, rows=MAX_ROWS, capacity=capacity)
-            for layer, *own in zip(self.layers, keys, values, strict=True):
+            self.keys, self.values = _like(cache, rows=MAX_ROWS, capacity=capacity)
+            for layer, *own in zip(self.layers, self.keys, self.values, strict=True):
                 layer.keys, layer.values = own
             self.columns = torch.arange(capacity, device=self.device)
         if tenant is not cache or grows:
-            cache.move([layer.keys for layer in self.layers], [layer.values for layer in self.layers])
+            cache.move(self.keys, self.values)
             self._tenant = weakref.ref(cache)
         self.counters.fill_(cache.length)
         self.starts[: len(state)] = cache.length - (state.prompt_tokens + (state.step - 1))
@@ -74,7 +76,7 @@ class CapturedStep:
             input_ids=self.tokens[:rows, None],
             position_ids=self.counters - starts,
             attention_mask=seen[:, None, None],
-            past_key_values=Cache(layers=self.layers),
+            past_key_values=Cache(layers=[*self.layers]),
             use_cache=True,
             logits_to_keep=1,
         )

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from pmpd.decode.cache import BufferCache
 from pmpd.decode.loop import State
+from pmpd.kernels import block
 from pmpd.quant import PrecisionCell
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS = 8
-"""Rows that the products have a fast path for; larger batches take the model's forward."""
+MAX_ROWS = block.MAX_ROWS
+"""Rows that the kernels have a fast path for; larger batches take the model's forward."""
 
 
 class StepBody(Protocol):

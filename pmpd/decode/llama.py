@@ -33,6 +33,9 @@ class FusedBlock(nn.Module):
         gate_up: ``[hidden] -> [2 * intermediate]``, gate first.
     """
 
+    input_norm: nn.Parameter
+    mlp_norm: nn.Parameter
+
     def __init__(
         self,
         input_norm: nn.Parameter,
@@ -45,6 +48,11 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.input_norm, self.mlp_norm = input_norm, mlp_norm
         self.qkv, self.output, self.gate_up, self.down = qkv, output, gate_up, down
+
+    @property
+    def qkv_bias(self) -> nn.Parameter | None:
+        bias: Any = self.qkv.bias
+        return bias
 
 
 class FusedLlama(nn.Module):
@@ -69,7 +77,7 @@ class FusedLlama(nn.Module):
         self.head_dim = head_dim(config)
         self.eps: float = config.rms_norm_eps
         self.embedding, self.norm, self.head = embedding, norm, head
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: Sequence[FusedBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.rotary = rotary_embedding(config).to(embedding.weight.device)
 
     def forward(
