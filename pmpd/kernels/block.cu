@@ -195,6 +195,32 @@ __device__ __forceinline__ void rotated(
     }
 }
 
+__device__ __forceinline__ uint4 value_of(const u16* own, const u16* bias, int at, int lane) {
+    uint4 packed = ((const uint4*)(own + at))[lane];
+    if (bias) {
+        float sum[8], shift[8];
+        unpack(packed, sum);
+        unpack(((const uint4*)(bias + at))[lane], shift);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += shift[j];
+        packed = pack(sum);
+    }
+    return packed;
+}
+
+// This thread's part of DEPTH columns from base on; zero beyond the end and at the new column, which is not written yet.
+__device__ __forceinline__ void load(
+    const u16* keys, const u16* values, int base, int end, int column, int slot, int lane, uint4* key, uint4* value) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+        const int c = base + d * SLOTS + slot;
+        const bool there = c < end && c != column;
+        const long long at = (long long)c * HEAD_DIM;
+        key[d] = there ? ((const uint4*)(keys + at))[lane] : make_uint4(0, 0, 0, 0);
+        value[d] = there ? ((const uint4*)(values + at))[lane] : make_uint4(0, 0, 0, 0);
+    }
+}
+
 // Attention of one new position over the cache, to which its keys and values are appended: grid (splits, kv_heads,
 // rows). Each block takes a share of the columns, the last one to finish joins the shares.
 // qkv [rows, (heads + 2 * kv_heads) * HEAD_DIM] before rotation; turns [positions, HEAD_DIM / 2] cosine and sine;
@@ -220,6 +246,9 @@ extern "C" __global__ void __launch_bounds__(128) attend(
 
     const u16* own = qkv + (long long)row * (heads + 2 * kv_heads) * HEAD_DIM;
     const float2* turn = turns + (long long)(column - start) * (HEAD_DIM / 2);
+    uint4 key[DEPTH], value[DEPTH];
+    load(keys, values, first, end, column, slot, lane, key, value);  // on their way while queries are rotated
+
     float q[GROUP][8];
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
@@ -228,29 +257,6 @@ extern "C" __global__ void __launch_bounds__(128) attend(
 #pragma unroll
         for (int j = 0; j < 8; j++) q[g][j] = rounded(q[g][j]) * scale * 1.44269504f;  // weights are powers of two
     }
-    if (first <= column && column < end) {  // this share has the new column
-        if (slot == 0) {
-            const int at = (heads + kv_head) * HEAD_DIM;
-            float key[8];
-            rotated(own + at, bias ? bias + at : nullptr, turn, lane, key);
-            ((uint4*)(keys + (long long)column * HEAD_DIM))[lane] = pack(key);
-        }
-        if (slot == SLOTS - 1) {
-            const int at = (heads + kv_heads + kv_head) * HEAD_DIM;
-            uint4 value = ((const uint4*)(own + at))[lane];
-            if (bias) {
-                float sum[8], shift[8];
-                unpack(value, sum);
-                unpack(((const uint4*)(bias + at))[lane], shift);
-#pragma unroll
-                for (int j = 0; j < 8; j++) sum[j] += shift[j];
-                value = pack(sum);
-            }
-            ((uint4*)(values + (long long)column * HEAD_DIM))[lane] = value;
-        }
-        __syncthreads();
-    }
-
     float largest[GROUP], total[GROUP], sum[GROUP][8];
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
@@ -260,28 +266,46 @@ extern "C" __global__ void __launch_bounds__(128) attend(
         for (int j = 0; j < 8; j++) sum[g][j] = 0.f;
     }
     for (int base = first; base < end; base += SLOTS * DEPTH) {
-        uint4 key[DEPTH], value[DEPTH];
+        if (column < end && column - base < SLOTS * DEPTH && (column - base) % SLOTS == slot) {  // the new column is this slot's
+            const int at = (heads + kv_head) * HEAD_DIM;
+            float new_key[8];
+            rotated(own + at, bias ? bias + at : nullptr, turn, lane, new_key);
+            const uint4 packed = pack(new_key), new_value = value_of(own, bias, at + kv_heads * HEAD_DIM, lane);
+            ((uint4*)(keys + (long long)column * HEAD_DIM))[lane] = packed;
+            ((uint4*)(values + (long long)column * HEAD_DIM))[lane] = new_value;
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            const int c = base + d * SLOTS + slot;
-            if (c < end) {
-                key[d] = ((const uint4*)(keys + (long long)c * HEAD_DIM))[lane];
-                value[d] = ((const uint4*)(values + (long long)c * HEAD_DIM))[lane];
+            for (int d = 0; d < DEPTH; d++) {
+                if (base + d * SLOTS + slot == column) {
+                    key[d] = packed;
+                    value[d] = new_value;
+                }
             }
         }
+        __syncwarp();
         float score[DEPTH][GROUP];
+        uint4 v_now[DEPTH];
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             float k[8];
             unpack(key[d], k);
+            v_now[d] = value[d];
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
                 float dot = 0.f;
 #pragma unroll
                 for (int j = 0; j < 8; j++) dot += q[g][j] * k[j];
+                score[d][g] = dot;
+            }
+        }
+        load(keys, values, base + SLOTS * DEPTH, end, column, slot, lane, key, value);
 #pragma unroll
-                for (int step = LANES / 2; step; step /= 2) dot += __shfl_xor_sync(0xffffffff, dot, step);
-                score[d][g] = base + d * SLOTS + slot < end ? dot : MINUS_INFINITY;
+        for (int d = 0; d < DEPTH; d++) {
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) {
+#pragma unroll
+                for (int step = LANES / 2; step; step /= 2)
+                    score[d][g] += __shfl_xor_sync(0xffffffff, score[d][g], step);
+                if (base + d * SLOTS + slot >= end) score[d][g] = MINUS_INFINITY;
             }
         }
 #pragma unroll
@@ -298,9 +322,8 @@ extern "C" __global__ void __launch_bounds__(128) attend(
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) {
                 const float weight = exp2f(score[d][g] - top);
-                if (weight == 0.f) continue;  // also a column that was not loaded
                 float v[8];
-                unpack(value[d], v);
+                unpack(v_now[d], v);
                 total[g] += weight;
 #pragma unroll
                 for (int j = 0; j < 8; j++) sum[g][j] += weight * v[j];

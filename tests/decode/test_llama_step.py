@@ -70,8 +70,9 @@ def test_a_random_model_has_the_sizes_and_precisions_asked_for() -> None:
 
 def on_gpu(tmp_path: Path, family: str, dtype: torch.dtype) -> tuple[GraphedModel, Any, Any, PrecisionCell]:
     """A graphed model on the GPU with its cell, and the same in float64 on the CPU with its."""
-    exact, exact_cell = fuse_nested(tiny(tmp_path, family))
     model, cell = fuse_nested(tiny(tmp_path, family).to(dtype))
+    exact = copy.deepcopy(model).double()
+    exact_cell = exact.blocks[0].qkv.cell
     model.to("cuda")
     return GraphedModel(model, cell, LlamaStep(model)), cell, exact, exact_cell
 
