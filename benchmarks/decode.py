@@ -92,7 +92,7 @@ class Table:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         self.common = {
             "gpu": torch.cuda.get_device_name(),
-            "versions": f"torch {torch.__version__}, CUDA {torch.version.cuda}, transformers {transformers.__version__}",
+            "versions": f"torch {torch.__version__} cuda {torch.version.cuda} transformers {transformers.__version__}",
             "commit": commit.stdout.strip() or "unknown",
         }
         self.context = context

@@ -212,11 +212,10 @@ def fuse(model: Any, cell: PrecisionCell | None) -> tuple[FusedLlama, PrecisionC
 def _join(layers: Sequence[nn.Module], cell: PrecisionCell | None) -> nn.Module:
     """The rows of ``layers`` in one linear layer, nested where they are."""
     first = layers[0]
-    joined = linear(
-        _rows([layer.weight for layer in layers]),
-        None if first.bias is None else _rows([layer.bias for layer in layers]),
-    )
+    bias = None if first.bias is None else _rows([layer.bias for layer in layers])
+    joined = None if first.weight is None else linear(_rows([layer.weight for layer in layers]), bias)
     if not isinstance(first, NestedLinear):
+        assert joined is not None
         return joined
     assert cell is not None
     parts = [layer.nested for layer in layers if isinstance(layer, NestedLinear)]
@@ -226,6 +225,8 @@ def _join(layers: Sequence[nn.Module], cell: PrecisionCell | None) -> nn.Module:
         first.nested.in_features,
         first.nested.group_size,
     )
+    if joined is None:
+        return NestedLinear.without_original(nested, bias, first.anchor.dtype, cell)
     return NestedLinear(nested, joined, cell)
 
 
