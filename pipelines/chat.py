@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -93,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own next names
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     try:
         model = pmpd.load(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from pmpd.artifacts import Node, Root, Store, digest_files
 from pmpd.decode.fastest import fastest
@@ -99,17 +100,11 @@ def load(
     cell = attach(loaded, shards)
     if not keep:
         cell.drop_originals()
-    ready, fast_cell, engine = fastest(loaded.to(device), cell)
+    nn.Module.to(loaded, torch.device(device))
+    ready, fast_cell, engine = fastest(loaded, cell)
     assert fast_cell is not None
-    log.info("%s on %s: %s", path, device, engine)
-    return Model(
-        ready,
-        fast_cell,
-        _prompter(folder, prompt, trust_remote_code),
-        high_bits=high_bits,
-        low_bits=low_bits,
-        engine=engine,
-    )
+    prompter = _prompter(folder, prompt, trust_remote_code)
+    return Model(ready, fast_cell, prompter, high_bits=high_bits, low_bits=low_bits, engine=engine)
 
 
 def default_store() -> Path:
