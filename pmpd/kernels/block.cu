@@ -171,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(256) choose(
 #define LANES (HEAD_DIM / 8)        // lanes that share a column, 8 channels (16 bytes) each
 #define SLOTS (128 / LANES)         // columns that a block looks at at once
 #define DEPTH 4                     // of these, loaded ahead
+#define MAX_SPLITS 32
 #define PARTIAL (HEAD_DIM + 2)      // unnormalised output, its largest score, its sum of weights
 
 __device__ __forceinline__ void rotated(
@@ -222,7 +223,7 @@ __device__ __forceinline__ void load(
 }
 
 // Attention of one new position over the cache, to which its keys and values are appended: grid (splits, kv_heads,
-// rows). Each block takes a share of the columns, the last one to finish joins the shares.
+// rows), at most MAX_SPLITS of them. Each block takes a share of the columns, the last to finish joins the shares.
 // qkv [rows, (heads + 2 * kv_heads) * HEAD_DIM] before rotation; turns [positions, HEAD_DIM / 2] cosine and sine;
 // partials [rows, kv_heads, splits, GROUP, PARTIAL]; arrivals [rows, kv_heads], zero before and after;
 // out [rows, heads * HEAD_DIM].
@@ -232,6 +233,7 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES, heads = kv_heads * GROUP;
     __shared__ float shared[SLOTS][GROUP][PARTIAL];
+    __shared__ float tops[GROUP][MAX_SPLITS], sums[GROUP][MAX_SPLITS];
     __shared__ bool last_to_finish;
     wait_for_previous();
     let_next_start();
@@ -241,8 +243,10 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     u16* keys = (u16*)binding[ADDRESSES + 2 * layer] + offset;
     u16* values = (u16*)binding[ADDRESSES + 2 * layer + 1] + offset;
     const int count = column + 1 - start;
-    const int share = ((count + splits - 1) / splits + SLOTS - 1) / SLOTS * SLOTS;
+    const int share = max(SLOTS * DEPTH, ((count + splits - 1) / splits + SLOTS - 1) / SLOTS * SLOTS);
     const int first = start + split * share, end = min(first + share, column + 1);
+    const int shares = (count + share - 1) / share;  // short sequences do not need all splits
+    if (split >= shares) return;
 
     const u16* own = qkv + (long long)row * (heads + 2 * kv_heads) * HEAD_DIM;
     const float2* turn = turns + (long long)(column - start) * (HEAD_DIM / 2);
@@ -350,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(128) attend(
             weights += weight * shared[s][g][HEAD_DIM + 1];
             result += weight * shared[s][g][channel];
         }
-        if (splits == 1) {
+        if (shares == 1) {
             out[((long long)row * heads + kv_head * GROUP) * HEAD_DIM + i] = narrow(result / weights);
             continue;
         }
@@ -361,23 +365,29 @@ extern "C" __global__ void __launch_bounds__(128) attend(
             __stcg(share_of + HEAD_DIM + 1, weights);
         }
     }
-    if (splits == 1) return;
+    if (shares == 1) return;
     __threadfence();
     __syncthreads();
     u32* arrived = arrivals + row * kv_heads + kv_head;
-    if (threadIdx.x == 0) last_to_finish = atomicAdd(arrived, 1) + 1 == splits;
+    if (threadIdx.x == 0) last_to_finish = atomicAdd(arrived, 1) + 1 == shares;
     __syncthreads();
     if (!last_to_finish) return;
     __threadfence();
+    for (int i = threadIdx.x; i < GROUP * shares; i += 128) {
+        const float* share_of = joined + ((i % shares) * GROUP + i / shares) * PARTIAL;
+        tops[i / shares][i % shares] = __ldcg(share_of + HEAD_DIM);
+        sums[i / shares][i % shares] = __ldcg(share_of + HEAD_DIM + 1);
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += 128) {
         const int g = i / HEAD_DIM, channel = i % HEAD_DIM;
         float top = MINUS_INFINITY, weights = 0.f, result = 0.f;
-        for (int s = 0; s < splits; s++) top = fmaxf(top, __ldcg(joined + (s * GROUP + g) * PARTIAL + HEAD_DIM));
-        for (int s = 0; s < splits; s++) {
-            const float* share_of = joined + (s * GROUP + g) * PARTIAL;
-            const float weight = exp2f(__ldcg(share_of + HEAD_DIM) - top);
-            weights += weight * __ldcg(share_of + HEAD_DIM + 1);
-            result += weight * __ldcg(share_of + channel);
+        for (int s = 0; s < shares; s++) top = fmaxf(top, tops[g][s]);
+#pragma unroll 8
+        for (int s = 0; s < shares; s++) {
+            const float weight = exp2f(tops[g][s] - top);
+            weights += weight * sums[g][s];
+            result += weight * __ldcg(joined + (s * GROUP + g) * PARTIAL + channel);
         }
         out[((long long)row * heads + kv_head * GROUP) * HEAD_DIM + i] = narrow(result / weights);
     }
