@@ -16,6 +16,7 @@ from pmpd.decode.llama import FusedLlama
 from pmpd.decode.loop import State, context_limit
 from pmpd.kernels.block import ADDRESSES, FIRST_COLUMNS, MAX_HIDDEN, BlockKernels, not_supported
 from pmpd.quant import NestedLinear
+from pmpd.records import FP16_BITS
 
 
 class LlamaStep:
@@ -40,8 +41,7 @@ class LlamaStep:
         def buffer(size: int) -> Tensor:
             return torch.zeros(MAX_ROWS, size, dtype=weight.dtype, device=weight.device)
 
-        hidden = weight.shape[1]
-        self.hidden, self.normed, self.delta = buffer(hidden), buffer(hidden), buffer(hidden)
+        self.hidden, self.normed = buffer(weight.shape[1]), buffer(weight.shape[1])
         self.qkv, self.attended = buffer(block.qkv.out_features), buffer(block.output.in_features)
         self.gate_up, self.gated = buffer(block.gate_up.out_features), buffer(block.down.in_features)
         self.logits = buffer(model.head.out_features)
@@ -59,32 +59,43 @@ class LlamaStep:
         return False
 
     def run(self, bits: int, rows: int) -> None:
-        model, kernels, eps = self.model, self.kernels, self.model.eps
-        hidden, normed, delta = self.hidden[:rows], self.normed[:rows], self.delta[:rows]
-        qkv, attended = self.qkv[:rows], self.attended[:rows]
-        gate_up, gated, logits = self.gate_up[:rows], self.gated[:rows], self.logits[:rows]
+        model = self.model
+        hidden, qkv, attended = self.hidden[:rows], self.qkv[:rows], self.attended[:rows]
+        torch.index_select(model.embedding.weight, 0, self.tokens[:rows], out=hidden)
         for index, block in enumerate(model.blocks):
-            if index == 0:
-                embedding = model.embedding.weight
-                kernels.embed_norm(self.tokens, embedding, hidden, block.input_norm, normed, eps)
-            else:
-                kernels.add_norm(hidden, delta, block.input_norm, normed, eps)
-            product(block.qkv, normed, bits, qkv)
-            kernels.attend(qkv, block.qkv_bias, self.turns, self.counters, index, self.scale, attended)
-            product(block.output, attended, bits, delta)
-            kernels.add_norm(hidden, delta, block.mlp_norm, normed, eps)
-            product(block.gate_up, normed, bits, gate_up)
-            kernels.gate(gate_up, gated)
-            product(block.down, gated, bits, delta)
-        kernels.add_norm(hidden, delta, model.norm, normed, eps)
-        product(model.head, normed, bits, logits)
-        kernels.choose(logits, self.tokens, self.counters)
+            self._product(block.qkv, hidden, bits, qkv, norm=block.input_norm)
+            self.kernels.attend(qkv, block.qkv_bias, self.turns, self.counters, index, self.scale, attended)
+            self._product(block.output, attended, bits, hidden, add=True)
+            self._product(block.gate_up, hidden, bits, self.gate_up[:rows], norm=block.mlp_norm)
+            self._product(block.down, self.gate_up[:rows], bits, hidden, gate=True, add=True)
+        self._product(model.head, hidden, FP16_BITS, self.logits[:rows], norm=model.norm)
+        self.kernels.choose(self.logits[:rows], self.tokens, self.counters)
 
-
-def product(layer: Any, x: Tensor, bits: int, out: Tensor) -> None:
-    """``out = x @ W.T`` with the layer's weight at ``bits``, without its bias."""
-    weight = layer.weight_at(bits) if isinstance(layer, NestedLinear) else layer.weight
-    torch.mm(x, weight.t(), out=out)
+    def _product(
+        self,
+        layer: Any,
+        x: Tensor,
+        bits: int,
+        out: Tensor,
+        *,
+        norm: Tensor | None = None,
+        gate: bool = False,
+        add: bool = False,
+    ) -> None:
+        """``out`` = (or ``+=``, with ``add``) the layer's product, without its bias, with ``x``; with the norm of ``x``
+        where its weight is given, with ``silu(first half) * second half`` where ``gate``."""
+        rows = len(x)
+        if norm is not None:
+            self.kernels.norm(x, norm, self.normed[:rows], self.model.eps)
+            x = self.normed[:rows]
+        if gate:
+            self.kernels.gate(x, self.gated[:rows])
+            x = self.gated[:rows]
+        weight = (layer.weight_at(bits) if isinstance(layer, NestedLinear) else layer.weight).t()
+        if add:
+            out.addmm_(x, weight)
+        else:
+            torch.mm(x, weight, out=out)
 
 
 def no_step(config: Any, dtype: torch.dtype) -> str | None:

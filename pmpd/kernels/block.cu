@@ -68,32 +68,21 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// hidden += delta (or = a row of the embedding, where tokens is given); out = norm(hidden) * weight.
-// One block of 512 threads a row; size is divisible by 8 and at most 16384.
-extern "C" __global__ void __launch_bounds__(512) add_norm(
-    u16* hidden, const u16* delta, const long long* tokens, const u16* embedding, const u16* weight, u16* out,
-    int size, float eps) {
-    const int row = blockIdx.x, vectors = size / 8;
-    uint4* own = (uint4*)(hidden + (long long)row * size);
+// out = norm(x) * weight. One block of 512 threads a row; size is divisible by 8 and at most 16384.
+extern "C" __global__ void __launch_bounds__(512) norm(
+    const u16* x, const u16* weight, u16* out, int size, float eps) {
+    const int vectors = size / 8;
+    const uint4* own = (const uint4*)(x + (long long)blockIdx.x * size);
     float values[4][8];
     float squares = 0.f;
     __shared__ float sums[16];
     wait_for_previous();
     let_next_start();
-    const uint4* source = tokens ? (const uint4*)(embedding + tokens[row] * size) : own;
-    const uint4* added = delta ? (const uint4*)(delta + (long long)row * size) : nullptr;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int v = threadIdx.x + i * 512;
         if (v < vectors) {
-            unpack(source[v], values[i]);
-            if (added) {
-                float more[8];
-                unpack(added[v], more);
-#pragma unroll
-                for (int j = 0; j < 8; j++) values[i][j] = rounded(values[i][j] + more[j]);
-            }
-            if (added || tokens) own[v] = pack(values[i]);
+            unpack(own[v], values[i]);
 #pragma unroll
             for (int j = 0; j < 8; j++) squares += values[i][j] * values[i][j];
         }
@@ -114,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(512) add_norm(
             unpack(((const uint4*)weight)[v], weights);
 #pragma unroll
             for (int j = 0; j < 8; j++) weights[j] *= rounded(values[i][j] * scale);
-            ((uint4*)(out + (long long)row * size))[v] = pack(weights);
+            ((uint4*)(out + (long long)blockIdx.x * size))[v] = pack(weights);
         }
     }
 }

@@ -46,7 +46,7 @@ class BlockKernels:
         group = num_heads // num_kv_heads
         options = [f"-DHEAD_DIM={head_dim}", f"-DGROUP={group}"]
         module = nvrtc.compile(source(), options + (["-DBF16"] if dtype == torch.bfloat16 else []))
-        self._add_norm, self._gate = module["add_norm"], module["gate"]
+        self._norm, self._gate = module["norm"], module["gate"]
         self._choose, self._attend = module["choose"], module["attend"]
         processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         self._blocks = BLOCKS_A_PROCESSOR * processors
@@ -56,31 +56,12 @@ class BlockKernels:
         self._best = torch.zeros(MAX_ROWS, dtype=torch.int64, device="cuda")
         self._chosen = torch.zeros(MAX_ROWS, dtype=torch.int32, device="cuda")
 
-    def embed_norm(
-        self, tokens: Tensor, embedding: Tensor, hidden: Tensor, weight: Tensor, out: Tensor, eps: float
-    ) -> None:
-        """``hidden = embedding[tokens]; out = norm(hidden) * weight``; hidden and out are ``[rows, size]``."""
-        self._norm(hidden, None, tokens, embedding, weight, out, eps)
-
-    def add_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> None:
-        """``hidden += delta`` (unless None); ``out = norm(hidden) * weight``; all are ``[rows, size]``."""
-        self._norm(hidden, delta, None, None, weight, out, eps)
-
-    def _norm(
-        self,
-        hidden: Tensor,
-        delta: Tensor | None,
-        tokens: Tensor | None,
-        embedding: Tensor | None,
-        weight: Tensor,
-        out: Tensor,
-        eps: float,
-    ) -> None:
-        rows, size = hidden.shape
+    def norm(self, x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
+        """``out`` = root-mean-square norm of ``x``, times ``weight``; both are ``[rows, size]``."""
+        rows, size = x.shape
         assert size % 8 == 0
         assert size <= MAX_HIDDEN
-        arguments = (hidden, delta, tokens, embedding, weight, out, size, eps)
-        self._add_norm((rows,), (NORM_THREADS,), *arguments, programmatic=True)
+        self._norm((rows,), (NORM_THREADS,), x, weight, out, size, eps, programmatic=True)
 
     def gate(self, gate_up: Tensor, out: Tensor) -> None:
         """``out [rows, size] = silu(gate) * up`` of ``gate_up [rows, 2 * size]``."""
