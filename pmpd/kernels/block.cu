@@ -69,7 +69,7 @@ __device__ __forceinline__ void let_next_start() {
 }
 
 // out = norm(x) * weight. One block of 512 threads a row; size is divisible by 8 and at most 16384.
-extern "C" __global__ void __launch_bounds__(512) norm(
+extern "C" __global__ void __launch_bounds__(512) rms_norm(
     const u16* x, const u16* weight, u16* out, int size, float eps) {
     const int vectors = size / 8;
     const uint4* own = (const uint4*)(x + (long long)blockIdx.x * size);
