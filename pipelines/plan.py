@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pipelines.sources import device_type, encoder_input, model_input, task_input, text_input
+from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Input, Node, Store
 from pmpd.config import (
     Config,
@@ -29,7 +29,7 @@ from pmpd.stages import RuntimeConfig, read_summary
 from pmpd.stages import inputs as inputs_
 from pmpd.stages.evaluate import EVALUATE, EvaluateConfig
 from pmpd.stages.fit_static import FIT_STATIC, FitStaticConfig
-from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
+from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS, model_input
 from pmpd.stages.learned import (
     DECIDE,
     FEATURES,

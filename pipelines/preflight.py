@@ -11,11 +11,12 @@ from functools import partial
 import torch
 
 from pipelines.plan import Cell, MissingSearchError, Planner
-from pipelines.sources import device_type, encoder_input, model_input, task_input, text_input
+from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Node, Store
 from pmpd.config import Config, ConfigError, Metric, SchedulerKind, Solver
 from pmpd.models import resolve
 from pmpd.stages import STAGES
+from pmpd.stages.inputs import model_input
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,18 @@
 """Greedy decoding at precisions that change on the way: the loop, its cache, and what is shared between schedules."""
 
+from pmpd.decode.ahead import ahead
 from pmpd.decode.cache import BufferCache
 from pmpd.decode.complete import complete, stream
 from pmpd.decode.forward import two_phase_nll, window_nll
-from pmpd.decode.loop import State, context_limit, decode, prefill
+from pmpd.decode.loop import State, StepModel, context_limit, decode, prefill
 from pmpd.decode.tree import TreeStats, decode_schedules, decode_tree
 
 __all__ = [
     "BufferCache",
     "State",
+    "StepModel",
     "TreeStats",
+    "ahead",
     "complete",
     "context_limit",
     "decode",

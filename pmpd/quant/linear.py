@@ -43,7 +43,7 @@ class PrecisionCell:
 
     def register(self, layer: NestedLinear) -> None:
         """Let ``layer`` follow this cell. A layer does so itself when it is made."""
-        own = frozenset({*layer.nested.centroids, FP16_BITS})
+        own = frozenset({*layer.nested.centroids, *([FP16_BITS] if layer.weight is not None else [])})
         self._available = self._available & own if self.layers else own
         self.layers.append(layer)
 
@@ -53,6 +53,14 @@ class PrecisionCell:
             raise ValueError(f"bits={bits} is not available; this model has {self.available}")
         for layer in self.layers:
             layer.weight_at(bits)
+
+    def drop_originals(self) -> None:
+        """Free the layers' unquantised weights: 16 bits is then no precision of the model."""
+        for layer in self.layers:
+            layer.drop_original()
+        self._available -= {FP16_BITS}
+        if self._bits not in self._available:
+            self._bits = max(self._available)
 
     def drop(self, bits: int | None = None) -> None:
         """Free the layers' dequantised weights at ``bits``, or at every precision. They come back when used."""
@@ -64,10 +72,15 @@ class NestedLinear(nn.Module):
     """A linear layer at ``cell.bits``.
 
     At 16 bits it is ``original``. Below, the weight is dequantised at first use, on the device and in the dtype that
-    the original weight has then, and kept until it is dropped or the module moves.
+    the layer has then, and kept until it is dropped or the module moves.
 
-    ``weight`` and ``bias`` are the original's own parameters, so state dicts keep their names.
+    ``weight`` and ``bias`` are the original's own parameters, so state dicts keep their names. ``weight`` is None once
+    the original was dropped, or where there never was one; the layer then has no 16 bits.
     """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    anchor: Tensor
 
     def __init__(self, weight: NestedWeight, original: nn.Linear, cell: PrecisionCell) -> None:
         """Raises:
@@ -77,23 +90,46 @@ class NestedLinear(nn.Module):
         shape = (weight.out_features, weight.in_features)
         if tuple(original.weight.shape) != shape:
             raise ValueError(f"the nested weight is {list(shape)}, the layer {list(original.weight.shape)}")
+        self.register_parameter("weight", original.weight)  # type: ignore[arg-type]
+        self._set(weight, original.bias, original.weight, cell)
+
+    @classmethod
+    def without_original(
+        cls, weight: NestedWeight, bias: Tensor | None, dtype: torch.dtype, cell: PrecisionCell
+    ) -> NestedLinear:
+        """A layer of nested weights alone, on their device, that computes in ``dtype``."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.register_parameter("weight", None)
+        parameter = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        layer._set(weight, parameter, torch.empty(0, dtype=dtype, device=weight.planes.device), cell)
+        return layer
+
+    def _set(self, weight: NestedWeight, bias: nn.Parameter | None, like: Tensor, cell: PrecisionCell) -> None:
         self.in_features = weight.in_features
         self.out_features = weight.out_features
-        self.weight = original.weight
-        self.bias = original.bias
+        self.bias = bias
+        # Moves with the module, and so says where and in which dtype to compute when the original is gone.
+        self.register_buffer("anchor", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
         self.nested = weight
         self.cell = cell
         self._dequantized: dict[int, Tensor] = {}
         cell.register(self)
 
+    def drop_original(self) -> None:
+        """Free the unquantised weight."""
+        self.weight = None
+
     def weight_at(self, bits: int) -> Tensor:
         """``[out, in]`` at ``bits`` bits, on this layer's device and in its dtype."""
         if bits == FP16_BITS:
+            if self.weight is None:
+                raise ValueError("bits=16 is not available: the unquantised weights were dropped")
             return self.weight
         if bits not in self._dequantized:
             with torch.no_grad():
-                nested = self.nested.prefix(bits).to(self.weight.device)
-                self._dequantized[bits] = nested.dequantize(bits, self.weight.dtype)
+                nested = self.nested.prefix(bits).to(self.anchor.device)
+                self._dequantized[bits] = nested.dequantize(bits, self.anchor.dtype)
         return self._dequantized[bits]
 
     def drop(self, bits: int | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from pmpd.artifacts import write_tensors
 from pmpd.models import LazyWeights, block_index, block_linears, linear_names
@@ -55,8 +56,9 @@ class QuantizeConfig:
 def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Quantise every block linear to its nested form, one safetensors shard a block.
 
-    Memory is bounded by a layer: weights and sensitivities are read a tensor at a time. A shard that a
-    killed run finished is kept.
+    Without the input ``sensitivity`` all weights count the same: plain k-means.
+
+    Memory is bounded by a layer's weights and a block's sensitivities. A shard that a killed run finished is kept.
     """
     weights = LazyWeights(inputs["model"])
     blocks = _by_block(linear_names(inputs["model"], config.trust_remote_code))
@@ -65,16 +67,17 @@ def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) 
         shard = out / _shard(block)
         if not shard.exists():
             tensors: dict[str, torch.Tensor] = {}
-            with safe_open(inputs["sensitivity"] / _shard(block), framework="pt") as sensitivity:
-                for name in names:
-                    tensors |= quantize_weight(
-                        weights.weight(name).float(),
-                        sensitivity.get_tensor(name).float(),
-                        seed_bits=config.seed_bits,
-                        parent_bits=config.parent_bits,
-                        group_size=config.group_size,
-                        solver=config.solver,
-                    ).to_tensors(name)
+            sensitivity = _sensitivity_of(inputs.get("sensitivity"), block)
+            for name in names:
+                weight = weights.weight(name).float()
+                tensors |= quantize_weight(
+                    weight,
+                    sensitivity[name].float() if sensitivity else torch.ones_like(weight),
+                    seed_bits=config.seed_bits,
+                    parent_bits=config.parent_bits,
+                    group_size=config.group_size,
+                    solver=config.solver,
+                ).to_tensors(name)
             write_tensors(shard, tensors)
         stored_bytes += shard.stat().st_size
         with safe_open(shard, framework="pt") as stored:
@@ -91,6 +94,11 @@ def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) 
             "parent_bits": config.parent_bits,
         },
     )
+
+
+def _sensitivity_of(folder: Path | None, block: int) -> dict[str, torch.Tensor]:
+    """Of every linear of ``block``; empty without a folder."""
+    return load_file(folder / _shard(block)) if folder is not None else {}
 
 
 def _by_block(names: Mapping[str, object] | list[str]) -> dict[int, list[str]]:
