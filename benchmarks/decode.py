@@ -81,7 +81,7 @@ def step_times_us(
 
 
 def wall_us(model: Any, cell: Any, prompt: list[int], bits: int, steps: int) -> float:
-    """Microseconds a token on the host's clock, of a consumer that has every token in its hands and looks for an end."""
+    """Microseconds a token on the host's clock, of a consumer that has every token in hand and looks for an end."""
     num_tokens = steps + WARM_UP + 1
     state = prefill(model, cell, [prompt], bits, max_new_tokens=num_tokens)
     taken = decode(model, cell, state, Planned(Schedule.uniform(bits)), max_new_tokens=num_tokens, eos_ids=())
