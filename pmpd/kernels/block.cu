@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(256) choose(
 #define SLOTS (128 / LANES)         // columns that a block looks at at once
 #define DEPTH 4                     // of these, loaded ahead
 #define MAX_SPLITS 32
-#define PARTIAL (HEAD_DIM + 2)      // unnormalised output, its largest score, its sum of weights
+#define PARTIAL (HEAD_DIM + 4)      // unnormalised output, its largest score, its sum of weights, 8 bytes of padding
 
 __device__ __forceinline__ void rotated(
     const u16* head, const u16* bias, const float2* turns, int lane, float* values) {  // turns: this lane's 8
@@ -220,7 +220,7 @@ __device__ __forceinline__ uint4 value_of(const u16* own, const u16* bias, int a
     return packed;
 }
 
-// This thread's part of DEPTH columns from base on; zero beyond the end and at the new column, which is not written yet.
+// This thread's part of DEPTH columns from base on; zero beyond the end and at the new column, not written yet.
 __device__ __forceinline__ void load(
     const u16* keys, const u16* values, int base, int end, int column, int slot, int lane, uint4* key, uint4* value) {
 #pragma unroll
@@ -233,6 +233,22 @@ __device__ __forceinline__ void load(
     }
 }
 
+// Four channels of a share's sum, of which weights are relative to another largest score, and its sum of weights.
+__device__ __forceinline__ void add_share(
+    const float* values, float weight, float sum_of_weights, float& weights, float* result) {
+    weights += weight * sum_of_weights;
+#pragma unroll
+    for (int j = 0; j < 4; j++) result[j] += weight * values[j];
+}
+
+__device__ __forceinline__ void write_output(u16* out, long long at, float weights, const float* result) {
+    u32 words[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+        words[j] = (u32)narrow(result[2 * j] / weights) | ((u32)narrow(result[2 * j + 1] / weights) << 16);
+    *(uint2*)(out + at) = make_uint2(words[0], words[1]);
+}
+
 // Attention of one new position over the cache, to which its keys and values are appended: grid (splits, kv_heads,
 // rows), at most MAX_SPLITS of them. Each block takes a share of the columns, the last to finish joins the shares.
 // qkv [rows, (heads + 2 * kv_heads) * HEAD_DIM] before rotation; turns [positions, HEAD_DIM / 2] cosine and sine;
@@ -243,10 +259,10 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     float* partials, u32* arrivals, u16* out) {
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES, heads = kv_heads * GROUP;
-    __shared__ float shared[SLOTS][GROUP][PARTIAL];
+    __shared__ __align__(16) float shared[SLOTS][GROUP][PARTIAL];
     __shared__ float tops[GROUP][MAX_SPLITS], sums[GROUP][MAX_SPLITS];
     __shared__ bool last_to_finish;
-    // The kernel before this one makes qkv. Binding and older columns are of earlier steps: they are read before it ends.
+    // The kernel before this one makes qkv. Binding and older columns are of earlier steps: read before it ends.
     const int column = (int)binding[0], start = (int)binding[FIRST_COLUMNS + row];
     const long long capacity = binding[1];
     const long long offset = ((long long)row * kv_heads + kv_head) * capacity * HEAD_DIM;
@@ -292,7 +308,8 @@ extern "C" __global__ void __launch_bounds__(128) attend(
         for (int j = 0; j < 8; j++) sum[g][j] = 0.f;
     }
     for (int base = first; base < end; base += SLOTS * DEPTH) {
-        if (column < end && column - base < SLOTS * DEPTH && (column - base) % SLOTS == slot) {  // the new column is this slot's
+        const bool holds_new = column < end && column - base < SLOTS * DEPTH && (column - base) % SLOTS == slot;
+        if (holds_new) {
             const int at = (heads + kv_head) * HEAD_DIM;
             float new_key[8];
             rotated(own + at, bias ? bias + at : nullptr, turn, lane, new_key);
@@ -367,25 +384,21 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     }
     __syncthreads();
     float* joined = partials + (((long long)row * kv_heads + kv_head) * splits) * GROUP * PARTIAL;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += 128) {
-        const int g = i / HEAD_DIM, channel = i % HEAD_DIM;
-        float top = MINUS_INFINITY, weights = 0.f, result = 0.f;
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += 128) {
+        const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
+        float top = MINUS_INFINITY, weights = 0.f, result[4] = {};
         for (int s = 0; s < SLOTS; s++) top = fmaxf(top, shared[s][g][HEAD_DIM]);
-        for (int s = 0; s < SLOTS && top != MINUS_INFINITY; s++) {
-            const float weight = exp2f(shared[s][g][HEAD_DIM] - top);
-            weights += weight * shared[s][g][HEAD_DIM + 1];
-            result += weight * shared[s][g][channel];
+        for (int s = 0; s < SLOTS; s++) {  // there is a column in every share, so top is finite
+            const float* own_sum = shared[s][g];
+            add_share(own_sum + channel, exp2f(own_sum[HEAD_DIM] - top), own_sum[HEAD_DIM + 1], weights, result);
         }
         if (shares == 1) {
-            out[((long long)row * heads + kv_head * GROUP) * HEAD_DIM + i] = narrow(result / weights);
+            write_output(out, (long long)(row * heads + kv_head * GROUP) * HEAD_DIM + 4 * i, weights, result);
             continue;
         }
         float* share_of = joined + ((long long)split * GROUP + g) * PARTIAL;
-        __stcg(share_of + channel, result);
-        if (channel == 0) {
-            __stcg(share_of + HEAD_DIM, top);
-            __stcg(share_of + HEAD_DIM + 1, weights);
-        }
+        __stcg((float4*)(share_of + channel), make_float4(result[0], result[1], result[2], result[3]));
+        if (channel == 0) __stcg((float2*)(share_of + HEAD_DIM), make_float2(top, weights));
     }
     if (shares == 1) return;
     __syncthreads();
@@ -395,21 +408,22 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     if (!last_to_finish) return;
     for (int i = threadIdx.x; i < GROUP * shares; i += 128) {
         const float* share_of = joined + ((i % shares) * GROUP + i / shares) * PARTIAL;
-        tops[i / shares][i % shares] = __ldcg(share_of + HEAD_DIM);
-        sums[i / shares][i % shares] = __ldcg(share_of + HEAD_DIM + 1);
+        const float2 both = __ldcg((const float2*)(share_of + HEAD_DIM));
+        tops[i / shares][i % shares] = both.x;
+        sums[i / shares][i % shares] = both.y;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += 128) {
-        const int g = i / HEAD_DIM, channel = i % HEAD_DIM;
-        float top = MINUS_INFINITY, weights = 0.f, result = 0.f;
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += 128) {
+        const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
+        float top = MINUS_INFINITY, weights = 0.f, result[4] = {};
         for (int s = 0; s < shares; s++) top = fmaxf(top, tops[g][s]);
 #pragma unroll 8
         for (int s = 0; s < shares; s++) {
-            const float weight = exp2f(tops[g][s] - top);
-            weights += weight * sums[g][s];
-            result += weight * __ldcg(joined + (s * GROUP + g) * PARTIAL + channel);
+            const float4 part = __ldcg((const float4*)(joined + (s * GROUP + g) * PARTIAL + channel));
+            const float values[4] = {part.x, part.y, part.z, part.w};
+            add_share(values, exp2f(tops[g][s] - top), sums[g][s], weights, result);
         }
-        out[((long long)row * heads + kv_head * GROUP) * HEAD_DIM + i] = narrow(result / weights);
+        write_output(out, (long long)(row * heads + kv_head * GROUP) * HEAD_DIM + 4 * i, weights, result);
     }
     if (threadIdx.x == 0) *arrived = 0;
 }

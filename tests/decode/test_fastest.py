@@ -18,7 +18,7 @@ from tests.decode.test_llama import nested
 def test_on_a_cpu_a_model_is_as_it_is_and_claims_nothing(tmp_path: Path) -> None:
     model: Any = tiny(tmp_path, "llama")
     cell = nested(model)
-    same, same_cell, words = fastest(model, cell)
+    same, same_cell, words = fastest(model, cell, "cpu")
     assert same is model
     assert same_cell is cell
     assert "bits save no time" in words
@@ -38,8 +38,8 @@ def test_on_a_cpu_a_model_is_as_it_is_and_claims_nothing(tmp_path: Path) -> None
 def test_on_a_gpu_it_is_the_fastest_there_is(
     tmp_path: Path, family: str, dtype: torch.dtype, body: type, said: str
 ) -> None:
-    model: Any = tiny(tmp_path, family).to("cuda", dtype)
-    fast, cell, words = fastest(model, nested(model))
+    model: Any = tiny(tmp_path, family).to(dtype)
+    fast, cell, words = fastest(model, nested(model), "cuda")
     assert isinstance(fast, GraphedModel)
     assert isinstance(fast.body, body)
     assert said in words
@@ -51,9 +51,9 @@ def test_on_a_gpu_it_is_the_fastest_there_is(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_cannot_be_captured_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    model: Any = tiny(tmp_path, "mistral").to("cuda", torch.float16)
+    model: Any = tiny(tmp_path, "mistral").to(torch.float16)
     model.config.sliding_window = 6
-    same, _, words = fastest(model, None)
+    same, _, words = fastest(model, None, "cuda")
     assert same is model
     assert "launched by the CPU" in words
     assert "sliding window of 6 tokens" in caplog.text
