@@ -12,7 +12,9 @@ their ratios are of one run. Writes benchmarks/results/decode.csv, a row a numbe
     schedule    mean step of a schedule that goes from the first to the last of --bits half way
     predicted   the same from its steps' precisions and the medians of `step`
     switch      mean step when the precision changes at every step, less the mean of the two medians
+    wall        time a token on the host's clock, every token copied to the CPU and compared with an end-of-sequence
     memory      what the model takes on the device, all its precisions and no 16-bit block linears; GiB
+    peak        the same with the cache, buffers, and what prefill takes for a moment
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pmpd.decode import decode, prefill
+from pmpd.decode import ahead, decode, prefill
 from pmpd.decode.captured import CapturedStep
 from pmpd.decode.graphs import GraphedModel
 from pmpd.decode.llama_step import LlamaStep
@@ -78,6 +80,17 @@ def step_times_us(
     return [1e3 * a.elapsed_time(b) for a, b in zip(events[WARM_UP:], events[WARM_UP + 1 :], strict=False)]
 
 
+def wall_us(model: Any, cell: Any, prompt: list[int], bits: int, steps: int) -> float:
+    """Microseconds a token on the host's clock, of a consumer that has every token in hand and looks for an end."""
+    num_tokens = steps + WARM_UP + 1
+    state = prefill(model, cell, [prompt], bits, max_new_tokens=num_tokens)
+    taken = decode(model, cell, state, Planned(Schedule.uniform(bits)), max_new_tokens=num_tokens, eos_ids=())
+    for step in ahead(taken, eos_ids=[-1]):
+        if step.index == WARM_UP:
+            started = time.perf_counter()
+    return 1e6 * (time.perf_counter() - started) / steps
+
+
 def shape(name: str) -> Any:
     heads = SHAPES[name]["num_attention_heads"]
     return AutoConfig.for_model(
@@ -85,15 +98,20 @@ def shape(name: str) -> Any:
     )
 
 
+def commit_here() -> str:
+    """The commit that this file is checked out from, or ``unknown``."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 class Table:
     """Rows of one run, on one device."""
 
-    def __init__(self, context: int) -> None:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    def __init__(self, context: int, commit: str) -> None:
         self.common = {
             "gpu": torch.cuda.get_device_name(),
             "versions": f"torch {torch.__version__} cuda {torch.version.cuda} transformers {transformers.__version__}",
-            "commit": commit.stdout.strip() or "unknown",
+            "commit": commit,
         }
         self.context = context
         self.rows: list[dict[str, Any]] = []
@@ -129,6 +147,7 @@ def nested_model(table: Table, name: str, bits: list[int], prompt: list[int], st
     table.add(
         "memory", "pmpd", name, f"{bits[-1]}..{bits[0]}", "GiB", [(torch.cuda.memory_allocated() - before) / 2**30]
     )
+    torch.cuda.reset_peak_memory_stats()
     model = GraphedModel(llama, cell, LlamaStep(llama))
     times: dict[int, list[float]] = {b: [] for b in bits}
     high, low = bits[0] if len(bits) < 3 else bits[-2], bits[-1]
@@ -150,9 +169,9 @@ def nested_model(table: Table, name: str, bits: list[int], prompt: list[int], st
     table.add(
         "switch", "pmpd", name, f"{high}<->{low}", "us", [t - (means[high] + means[low]) / 2 for t in alternating]
     )
-    started = time.perf_counter()
-    step_times_us(model, cell, prompt, low, Planned(Schedule.uniform(low)), steps)
-    sys.stdout.write(f"{'':12} wall, prefill included, {low} bits: {time.perf_counter() - started:.3f} s\n")
+    walls = [wall_us(model, cell, prompt, low, steps) for _ in range(rounds)]
+    table.add("wall", "pmpd", name, str(low), "us", walls)
+    table.add("peak", "pmpd", name, f"{low}..{bits[0]}", "GiB", [(torch.cuda.max_memory_allocated() - before) / 2**30])
 
 
 def fp16_model(table: Table, name: str, prompt: list[int], steps: int, rounds: int) -> None:
@@ -187,11 +206,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hf", action="store_true", help="transformers' own step in a graph too")
+    parser.add_argument("--commit", help="that this code is of; default: what git says")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("times are of a GPU, and PyTorch sees none")
-    table = Table(args.context)
+    table = Table(args.context, args.commit or commit_here())
     prompt = torch.randint(3, 32000, (args.context,), generator=torch.Generator().manual_seed(0)).tolist()
     for name in args.models:
         if args.bits:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from pmpd.artifacts import Node, Root, Store, digest_files
 from pmpd.decode.fastest import fastest
@@ -100,8 +99,7 @@ def load(
     cell = attach(loaded, shards)
     if not keep:
         cell.drop_originals()
-    nn.Module.to(loaded, torch.device(device))
-    ready, fast_cell, engine = fastest(loaded, cell)
+    ready, fast_cell, engine = fastest(loaded, cell, device)
     assert fast_cell is not None
     prompter = _prompter(folder, prompt, trust_remote_code)
     return Model(ready, fast_cell, prompter, high_bits=high_bits, low_bits=low_bits, engine=engine)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import pmpd
 from pipelines.plan import Planner
@@ -98,3 +99,17 @@ def test_importing_pmpd_imports_nothing_else() -> None:
     assert done.stdout.strip() == f"{pmpd.__version__} []"
     with pytest.raises(AttributeError, match="no attribute 'unload'"):
         pmpd.unload  # noqa: B018
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_same_is_answered_by_fused_kernels(tmp_path: Path, tiny_llama: Path) -> None:
+    fast = pmpd.load(tiny_llama, store=tmp_path, device="cuda", calibration=None, parent_bits=4, low_bits=2)
+    slow = pmpd.load(tiny_llama, store=tmp_path, device="cpu", calibration=None, parent_bits=4, low_bits=2)
+    assert fast.device.type == "cuda"
+    assert "fused kernels" in fast.engine
+    assert (fast.bits, slow.bits) == ([2, 3, 4], [2, 3, 4, 16])
+    for scheduler in ("high", "static", "low"):
+        assert answer(fast, scheduler) == answer(slow, scheduler)
+    whole = pmpd.load(tiny_llama, store=tmp_path, calibration=None, parent_bits=4, keep_fp16=True)
+    assert answer(whole, "fp16") == answer(slow, "fp16")

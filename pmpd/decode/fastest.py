@@ -21,22 +21,27 @@ from pmpd.quant import PrecisionCell
 log = logging.getLogger(__name__)
 
 
-def fastest(model: Any, cell: PrecisionCell | None) -> tuple[nn.Module, PrecisionCell | None, str]:
-    """A model for the decode loop, the cell that its layers follow, and in words how its steps are taken.
+def fastest(
+    model: Any, cell: PrecisionCell | None, device: torch.device | str
+) -> tuple[nn.Module, PrecisionCell | None, str]:
+    """A model on ``device`` for the decode loop, the cell that its layers follow, and in words how steps are taken.
 
-    ``model`` is used up where it is fused.
+    ``model`` is on the CPU and is used up.
     """
-    parameter = next(model.parameters())
-    if not parameter.is_cuda:
-        return model, cell, "the model's own forward on a CPU, on dequantised weights: bits save no time"
-    with torch.cuda.device(parameter.device):
-        reason = not_fusable(model.config) or no_step(model.config, parameter.dtype)
-        if reason is None:
-            fused, fused_cell = fuse(model, cell)
-            return GraphedModel(fused, fused_cell, LlamaStep(fused)), fused_cell, "fused kernels under CUDA graphs"
+    device = torch.device(device)
+    if device.type != "cuda":
+        return nn.Module.to(model, device), cell, "the model's own forward, on dequantised weights: bits save no time"
+    reason = not_fusable(model.config) or no_step(model.config, next(model.parameters()).dtype)
+    if reason is None:
+        model, cell = fuse(model, cell)  # before it moves: packed for the device, weights can no longer be joined
+    else:
         log.info("no fused kernels for this model: %s", reason)
+    nn.Module.to(model, device)
+    with torch.cuda.device(device):
+        if reason is None:
+            return GraphedModel(model, cell, LlamaStep(model)), cell, "fused kernels under CUDA graphs"
         reason = not_capturable(model.config)
         if reason is None:
             return GraphedModel(model, cell, CapturedStep(model)), cell, "the model's own code under CUDA graphs"
-        log.warning("no graphs for this model, so the CPU sets the pace: %s", reason)
-        return model, cell, "the model's own forward, launched by the CPU"
+    log.warning("no graphs for this model, so the CPU sets the pace: %s", reason)
+    return model, cell, "the model's own forward, launched by the CPU"

@@ -55,11 +55,32 @@ __device__ __forceinline__ uint4 pack(const float* values) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// 16 bytes, or zero. Written out because the compiler moves an ordinary load to where it is used, past what it should
+// overlap with.
+__device__ __forceinline__ uint4 load_if(bool there, const uint4* from) {
+    uint4 v;
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+        " @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(from), "r"((u32)there)
+        : "memory");
+    return v;
+}
+
 // What a kernel does before the one ahead of it in the stream has finished is what stands before wait_for_previous().
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Counts this block in and returns how many were before it. What the block wrote before a barrier ahead of this is then
+// seen by whoever counts after it (release and acquire; a fence of every thread would cost more).
+__device__ __forceinline__ u32 arrive(u32* counter) {
+    u32 before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
 
 __device__ __forceinline__ void let_next_start() {
@@ -76,6 +97,10 @@ extern "C" __global__ void __launch_bounds__(512) rms_norm(
     float values[4][8];
     float squares = 0.f;
     __shared__ float sums[16];
+    uint4 weights[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (threadIdx.x + i * 512 < vectors) weights[i] = ((const uint4*)weight)[threadIdx.x + i * 512];
     wait_for_previous();
     let_next_start();
 #pragma unroll
@@ -99,11 +124,11 @@ extern "C" __global__ void __launch_bounds__(512) rms_norm(
     for (int i = 0; i < 4; i++) {
         const int v = threadIdx.x + i * 512;
         if (v < vectors) {
-            float weights[8];
-            unpack(((const uint4*)weight)[v], weights);
+            float result[8];
+            unpack(weights[i], result);
 #pragma unroll
-            for (int j = 0; j < 8; j++) weights[j] *= rounded(values[i][j] * scale);
-            ((uint4*)(out + (long long)blockIdx.x * size))[v] = pack(weights);
+            for (int j = 0; j < 8; j++) result[j] *= rounded(values[i][j] * scale);
+            ((uint4*)(out + (long long)blockIdx.x * size))[v] = pack(result);
         }
     }
 }
@@ -149,9 +174,7 @@ extern "C" __global__ void __launch_bounds__(256) choose(
     if (threadIdx.x) return;
     for (int warp = 1; warp < 8; warp++) key = keys[warp] > key ? keys[warp] : key;
     atomicMax(best + row, key);
-    __threadfence();
-    if (atomicAdd(arrivals + row, 1) + 1 < gridDim.x) return;
-    __threadfence();
+    if (arrive(arrivals + row) + 1 < gridDim.x) return;
     tokens[row] = (u32)~(u32)atomicExch(best + row, 0ull);
     arrivals[row] = 0;
     if (row == 0) binding[0] += 1;
@@ -161,10 +184,10 @@ extern "C" __global__ void __launch_bounds__(256) choose(
 #define SLOTS (128 / LANES)         // columns that a block looks at at once
 #define DEPTH 4                     // of these, loaded ahead
 #define MAX_SPLITS 32
-#define PARTIAL (HEAD_DIM + 2)      // unnormalised output, its largest score, its sum of weights
+#define PARTIAL (HEAD_DIM + 4)      // unnormalised output, its largest score, its sum of weights, 8 bytes of padding
 
 __device__ __forceinline__ void rotated(
-    const u16* head, const u16* bias, const float2* turns, int lane, float* values) {
+    const u16* head, const u16* bias, const float2* turns, int lane, float* values) {  // turns: this lane's 8
     float other[8], shift[8];
     const int half = LANES / 2;
     const int partner = lane < half ? lane + half : lane - half;
@@ -180,8 +203,7 @@ __device__ __forceinline__ void rotated(
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float2 turn = turns[(lane < half ? lane : partner) * 8 + j];
-        values[j] = values[j] * turn.x + (lane < half ? -other[j] : other[j]) * turn.y;
+        values[j] = values[j] * turns[j].x + (lane < half ? -other[j] : other[j]) * turns[j].y;
     }
 }
 
@@ -198,7 +220,7 @@ __device__ __forceinline__ uint4 value_of(const u16* own, const u16* bias, int a
     return packed;
 }
 
-// This thread's part of DEPTH columns from base on; zero beyond the end and at the new column, which is not written yet.
+// This thread's part of DEPTH columns from base on; zero beyond the end and at the new column, not written yet.
 __device__ __forceinline__ void load(
     const u16* keys, const u16* values, int base, int end, int column, int slot, int lane, uint4* key, uint4* value) {
 #pragma unroll
@@ -206,9 +228,25 @@ __device__ __forceinline__ void load(
         const int c = base + d * SLOTS + slot;
         const bool there = c < end && c != column;
         const long long at = (long long)c * HEAD_DIM;
-        key[d] = there ? ((const uint4*)(keys + at))[lane] : make_uint4(0, 0, 0, 0);
-        value[d] = there ? ((const uint4*)(values + at))[lane] : make_uint4(0, 0, 0, 0);
+        key[d] = load_if(there, (const uint4*)(keys + at) + lane);
+        value[d] = load_if(there, (const uint4*)(values + at) + lane);
     }
+}
+
+// Four channels of a share's sum, of which weights are relative to another largest score, and its sum of weights.
+__device__ __forceinline__ void add_share(
+    const float* values, float weight, float sum_of_weights, float& weights, float* result) {
+    weights += weight * sum_of_weights;
+#pragma unroll
+    for (int j = 0; j < 4; j++) result[j] += weight * values[j];
+}
+
+__device__ __forceinline__ void write_output(u16* out, long long at, float weights, const float* result) {
+    u32 words[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+        words[j] = (u32)narrow(result[2 * j] / weights) | ((u32)narrow(result[2 * j + 1] / weights) << 16);
+    *(uint2*)(out + at) = make_uint2(words[0], words[1]);
 }
 
 // Attention of one new position over the cache, to which its keys and values are appended: grid (splits, kv_heads,
@@ -221,11 +259,10 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     float* partials, u32* arrivals, u16* out) {
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES, heads = kv_heads * GROUP;
-    __shared__ float shared[SLOTS][GROUP][PARTIAL];
+    __shared__ __align__(16) float shared[SLOTS][GROUP][PARTIAL];
     __shared__ float tops[GROUP][MAX_SPLITS], sums[GROUP][MAX_SPLITS];
     __shared__ bool last_to_finish;
-    wait_for_previous();
-    let_next_start();
+    // The kernel before this one makes qkv. Binding and older columns are of earlier steps: read before it ends.
     const int column = (int)binding[0], start = (int)binding[FIRST_COLUMNS + row];
     const long long capacity = binding[1];
     const long long offset = ((long long)row * kv_heads + kv_head) * capacity * HEAD_DIM;
@@ -235,12 +272,24 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     const int share = max(SLOTS * DEPTH, ((count + splits - 1) / splits + SLOTS - 1) / SLOTS * SLOTS);
     const int first = start + split * share, end = min(first + share, column + 1);
     const int shares = (count + share - 1) / share;  // short sequences do not need all splits
-    if (split >= shares) return;
+    if (split >= shares) {
+        wait_for_previous();  // every block does, so that this kernel ends after the one before it
+        return;
+    }
 
     const u16* own = qkv + (long long)row * (heads + 2 * kv_heads) * HEAD_DIM;
-    const float2* turn = turns + (long long)(column - start) * (HEAD_DIM / 2);
+    const float2* angles = turns + (long long)(column - start) * (HEAD_DIM / 2) + lane % (LANES / 2) * 8;
+    float2 turn[8];
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        const uint4 pair = load_if(true, (const uint4*)(angles + j));
+        turn[j] = make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
+        turn[j + 1] = make_float2(__uint_as_float(pair.z), __uint_as_float(pair.w));
+    }
     uint4 key[DEPTH], value[DEPTH];
-    load(keys, values, first, end, column, slot, lane, key, value);  // on their way while queries are rotated
+    load(keys, values, first, end, column, slot, lane, key, value);
+    wait_for_previous();
+    let_next_start();
 
     float q[GROUP][8];
 #pragma unroll
@@ -259,7 +308,8 @@ extern "C" __global__ void __launch_bounds__(128) attend(
         for (int j = 0; j < 8; j++) sum[g][j] = 0.f;
     }
     for (int base = first; base < end; base += SLOTS * DEPTH) {
-        if (column < end && column - base < SLOTS * DEPTH && (column - base) % SLOTS == slot) {  // the new column is this slot's
+        const bool holds_new = column < end && column - base < SLOTS * DEPTH && (column - base) % SLOTS == slot;
+        if (holds_new) {
             const int at = (heads + kv_head) * HEAD_DIM;
             float new_key[8];
             rotated(own + at, bias ? bias + at : nullptr, turn, lane, new_key);
@@ -334,51 +384,46 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     }
     __syncthreads();
     float* joined = partials + (((long long)row * kv_heads + kv_head) * splits) * GROUP * PARTIAL;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += 128) {
-        const int g = i / HEAD_DIM, channel = i % HEAD_DIM;
-        float top = MINUS_INFINITY, weights = 0.f, result = 0.f;
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += 128) {
+        const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
+        float top = MINUS_INFINITY, weights = 0.f, result[4] = {};
         for (int s = 0; s < SLOTS; s++) top = fmaxf(top, shared[s][g][HEAD_DIM]);
-        for (int s = 0; s < SLOTS && top != MINUS_INFINITY; s++) {
-            const float weight = exp2f(shared[s][g][HEAD_DIM] - top);
-            weights += weight * shared[s][g][HEAD_DIM + 1];
-            result += weight * shared[s][g][channel];
+        for (int s = 0; s < SLOTS; s++) {  // there is a column in every share, so top is finite
+            const float* own_sum = shared[s][g];
+            add_share(own_sum + channel, exp2f(own_sum[HEAD_DIM] - top), own_sum[HEAD_DIM + 1], weights, result);
         }
         if (shares == 1) {
-            out[((long long)row * heads + kv_head * GROUP) * HEAD_DIM + i] = narrow(result / weights);
+            write_output(out, (long long)(row * heads + kv_head * GROUP) * HEAD_DIM + 4 * i, weights, result);
             continue;
         }
         float* share_of = joined + ((long long)split * GROUP + g) * PARTIAL;
-        __stcg(share_of + channel, result);
-        if (channel == 0) {
-            __stcg(share_of + HEAD_DIM, top);
-            __stcg(share_of + HEAD_DIM + 1, weights);
-        }
+        __stcg((float4*)(share_of + channel), make_float4(result[0], result[1], result[2], result[3]));
+        if (channel == 0) __stcg((float2*)(share_of + HEAD_DIM), make_float2(top, weights));
     }
     if (shares == 1) return;
-    __threadfence();
     __syncthreads();
     u32* arrived = arrivals + row * kv_heads + kv_head;
-    if (threadIdx.x == 0) last_to_finish = atomicAdd(arrived, 1) + 1 == shares;
+    if (threadIdx.x == 0) last_to_finish = arrive(arrived) + 1 == shares;
     __syncthreads();
     if (!last_to_finish) return;
-    __threadfence();
     for (int i = threadIdx.x; i < GROUP * shares; i += 128) {
         const float* share_of = joined + ((i % shares) * GROUP + i / shares) * PARTIAL;
-        tops[i / shares][i % shares] = __ldcg(share_of + HEAD_DIM);
-        sums[i / shares][i % shares] = __ldcg(share_of + HEAD_DIM + 1);
+        const float2 both = __ldcg((const float2*)(share_of + HEAD_DIM));
+        tops[i / shares][i % shares] = both.x;
+        sums[i / shares][i % shares] = both.y;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += 128) {
-        const int g = i / HEAD_DIM, channel = i % HEAD_DIM;
-        float top = MINUS_INFINITY, weights = 0.f, result = 0.f;
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += 128) {
+        const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
+        float top = MINUS_INFINITY, weights = 0.f, result[4] = {};
         for (int s = 0; s < shares; s++) top = fmaxf(top, tops[g][s]);
 #pragma unroll 8
         for (int s = 0; s < shares; s++) {
-            const float weight = exp2f(tops[g][s] - top);
-            weights += weight * sums[g][s];
-            result += weight * __ldcg(joined + (s * GROUP + g) * PARTIAL + channel);
+            const float4 part = __ldcg((const float4*)(joined + (s * GROUP + g) * PARTIAL + channel));
+            const float values[4] = {part.x, part.y, part.z, part.w};
+            add_share(values, exp2f(tops[g][s] - top), sums[g][s], weights, result);
         }
-        out[((long long)row * heads + kv_head * GROUP) * HEAD_DIM + i] = narrow(result / weights);
+        write_output(out, (long long)(row * heads + kv_head * GROUP) * HEAD_DIM + 4 * i, weights, result);
     }
     if (threadIdx.x == 0) *arrived = 0;
 }

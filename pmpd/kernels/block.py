@@ -51,7 +51,7 @@ class BlockKernels:
         processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
         self._blocks = BLOCKS_A_PROCESSOR * processors
         most = MAX_ROWS * num_kv_heads + self._blocks
-        self._partials = torch.zeros(most * group * (head_dim + 2), device="cuda")
+        self._partials = torch.zeros(most * group * (head_dim + 4), device="cuda")
         self._arrivals = torch.zeros(MAX_ROWS * num_kv_heads, dtype=torch.int32, device="cuda")
         self._best = torch.zeros(MAX_ROWS, dtype=torch.int64, device="cuda")
         self._chosen = torch.zeros(MAX_ROWS, dtype=torch.int32, device="cuda")

@@ -18,7 +18,7 @@ from pmpd.records import FP16_BITS
 class PrecisionCell:
     """The precision that all layers registered with it run at; a switch is one assignment to :attr:`bits`.
 
-    ``bits = 16`` (at first) is the unquantised model.
+    ``bits = 16`` is the unquantised model, and the first precision where there is one; else the highest.
     """
 
     def __init__(self) -> None:
@@ -46,6 +46,7 @@ class PrecisionCell:
         own = frozenset({*layer.nested.centroids, *([FP16_BITS] if layer.weight is not None else [])})
         self._available = self._available & own if self.layers else own
         self.layers.append(layer)
+        self._stay_available()
 
     def prepare(self, bits: int) -> None:
         """Dequantise every layer at ``bits`` now, so that the first forward at it costs what the next ones do."""
@@ -59,7 +60,10 @@ class PrecisionCell:
         for layer in self.layers:
             layer.drop_original()
         self._available -= {FP16_BITS}
-        if self._bits not in self._available:
+        self._stay_available()
+
+    def _stay_available(self) -> None:
+        if self._available and self._bits not in self._available:
             self._bits = max(self._available)
 
     def drop(self, bits: int | None = None) -> None:

@@ -107,3 +107,32 @@ def test_a_layer_moved_to_a_gpu_computes_there_what_the_cpu_does(x: torch.Tensor
         result = layer.cuda()(x.cuda())
         assert layer.weight_at(bits).device.type == "cuda"
         torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_originals_are_dropped_and_the_rest_stays(x: torch.Tensor, bias: bool) -> None:
+    cell = PrecisionCell()
+    layer = make_layer(cell, bias=bias)
+    cell.bits = 3
+    expected = layer(x)
+    cell.bits = 16
+    cell.drop_originals()
+    assert (cell.available, cell.bits, layer.weight) == ([2, 3, 4], 4, None)
+    cell.bits = 3
+    assert torch.equal(layer(x), expected)
+    assert layer.double().weight_at(3).dtype == torch.float64
+    assert sum(p.numel() for p in layer.parameters()) == (6 if bias else 0)
+    with pytest.raises(ValueError, match="bits=16 is not available"):
+        cell.bits = 16
+
+
+def test_a_layer_can_be_made_of_nested_weights_alone(x: torch.Tensor) -> None:
+    whole = make_layer(PrecisionCell())
+    cell = PrecisionCell()
+    assert whole.bias is not None
+    layer = NestedLinear.without_original(whole.nested, whole.bias.detach(), torch.float32, cell)
+    assert (cell.available, cell.bits) == ([2, 3, 4], 4)
+    for bits in cell.available:
+        cell.bits = whole.cell.bits = bits
+        assert torch.equal(layer(x), whole(x))
+    assert {*layer.state_dict()} == {"bias"}
