@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from pipelines.machines import check_hardware, timed
 from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Input, Node, Store
 from pmpd.config import (
     Config,
     ConfigError,
-    HardwareConfig,
+    GpuConfig,
     Metric,
     Overlong,
     SchedulerKind,
@@ -22,7 +23,6 @@ from pmpd.config import (
     grid,
     max_new_tokens,
 )
-from pmpd.hardware.npu import NPU
 from pmpd.models import resolve
 from pmpd.records import FP16_BITS, Schedule, class_schedules, schedule_family
 from pmpd.stages import RuntimeConfig, read_summary
@@ -38,10 +38,11 @@ from pmpd.stages.learned import (
     FeaturesConfig,
     TrainLearnedConfig,
 )
-from pmpd.stages.measure import ESTIMATE, LATENCY, EstimateConfig, LatencyConfig
+from pmpd.stages.measure import ESTIMATE, GAIN, EstimateConfig, GainConfig
 from pmpd.stages.quantization import QUANTIZE, SENSITIVITY, QuantizeConfig, SensitivityConfig
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
+from pmpd.stages.timing import LATENCY, LINEARS, LatencyConfig, LinearsConfig
 
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
@@ -71,7 +72,8 @@ class Cell:
     """The recipes of one cell.
 
     Attributes:
-        targets: what the cell is for: evaluations by scheduler, estimates, the timing, the search.
+        gain: what the schedule gains on the cell's hardware.
+        linears: times of the linear layers alone, on a GPU.
     """
 
     config: Config
@@ -79,15 +81,16 @@ class Cell:
     prefill_bits: int
     search: Node
     evaluation: Node
-    estimate: Node
+    gain: Node
     latency: Node
+    linears: Node | None
     fit: Node | None
     training: Node | None
 
     @property
     def targets(self) -> list[Node]:
         """In the order in which they are built: cheap checks of the inputs first."""
-        wanted = [self.search, self.evaluation, self.estimate, self.latency]
+        wanted = [self.search, self.evaluation, self.latency, *([self.linears] if self.linears else []), self.gain]
         nodes = {n.key: n for target in wanted for n in target.ancestors()}
         first = [
             n for n in nodes.values() if n.stage in (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)
@@ -116,10 +119,15 @@ class Planner:
         ConfigError, DataError, ModelError: an input that is not there.
     """
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: Store, *, reading: bool = False) -> None:
+        """
+        Args:
+            reading: nothing will be built, so times that another machine recorded will do.
+        """
         self.config = config
         self.store = store
-        npu_of(config.hardware)  # refused here, before anything runs
+        self.reading = reading
+        check_hardware(config.hardware)  # refused here, before anything runs
         self.max_new_tokens = max_new_tokens(config)
         self.source = resolve(config.model.path, config.model.revision)
         self.digests = store.root / "digests.json"
@@ -234,8 +242,9 @@ class Planner:
             prefill_bits=_uniform(kind, precisions).prefill_bits if kind in UNIFORM else self._prefill_bits(precisions),
             search=self.search,
             evaluation=evaluation,
-            estimate=self._estimate(evaluation),
+            gain=self._gain(evaluation, precisions),
             latency=self._latency(precisions),
+            linears=self._linears(precisions),
             fit=choice.fit,
             training=choice.training,
         )
@@ -286,34 +295,61 @@ class Planner:
             **self._rollouts(validation, candidates, precisions, self.max_new_tokens),
         )
 
-    def _estimate(self, evaluation: Node) -> Node:
+    def _gain(self, evaluation: Node, precisions: Precisions) -> Node:
         config = self.config
+        resamples, seed = config.budget.bootstrap_resamples, config.seed
+        if isinstance(config.hardware, GpuConfig):
+            return GAIN.node(
+                GainConfig(precisions.high, resamples, seed),
+                evaluation=evaluation,
+                latency=self._latency(precisions),
+            )
         return ESTIMATE.node(
             EstimateConfig(
                 npu=dataclasses.asdict(config.hardware),
                 parent_bits=config.quantizer.parent_bits,
                 group_size=config.quantizer.group_size,
                 trust_remote_code=config.model.trust_remote_code,
-                resamples=config.budget.bootstrap_resamples,
-                seed=config.seed,
+                resamples=resamples,
+                seed=seed,
             ),
             evaluation=evaluation,
             model=self.model,
         )
 
     def _latency(self, precisions: Precisions) -> Node:
+        """Decode steps of the cell's precisions, on the GPU with ``hardware=gpu``, else on the cell's own device."""
         budget = self.config.budget
-        return LATENCY.node(
-            LatencyConfig(
+        runtime = self.runtime
+        if isinstance(self.config.hardware, GpuConfig):
+            dtype = "float16" if runtime.dtype == "float32" else runtime.dtype
+            runtime = dataclasses.replace(runtime, dtype=dtype, device="cuda")
+
+        def node(machine: str) -> Node:
+            config = LatencyConfig(
                 bits=sorted({FP16_BITS, *precisions.levels}, reverse=True),
+                contexts=list(budget.timing_contexts),
                 num_tokens=budget.timing_tokens,
-                context_tokens=budget.timing_context_tokens,
-                runtime=self.runtime,
-            ),
-            model=self.model,
-            nested=self.nested,
-            texts=self.perplexity_texts,
-        )
+                random=None,
+                runtime=runtime,
+                machine=machine,
+            )
+            return LATENCY.node(config, model=self.model, nested=self.nested)
+
+        return timed(self.store, runtime.device, node, reading=self.reading)
+
+    def _linears(self, precisions: Precisions) -> Node | None:
+        hardware = self.config.hardware
+        if not isinstance(hardware, GpuConfig):
+            return None
+        forwards, dtype = hardware.linear_forwards, self.config.model.dtype.value
+        bits = sorted({FP16_BITS, *precisions.levels}, reverse=True)
+
+        def node(machine: str) -> Node:
+            config = LinearsConfig(None, bits, forwards, "float16" if dtype == "float32" else dtype, machine)
+            return LINEARS.node(config, model=self.model)
+
+        return timed(self.store, "cuda", node, reading=self.reading)
 
     def _learned(self, precisions: Precisions, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
         """Training, and its decisions on the task's prompts."""
@@ -426,15 +462,3 @@ def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
         config.scheduler, name=kind.value, kind=kind, prefill_bits=None, grid=None, switch_step=None
     )
     return dataclasses.replace(config, scheduler=scheduler)
-
-
-def npu_of(hardware: HardwareConfig) -> NPU:
-    """The NPU that a configuration describes.
-
-    Raises:
-        ConfigError: a number outside its range.
-    """
-    try:
-        return NPU(**dataclasses.asdict(hardware))
-    except ValueError as error:
-        raise ConfigError(f"hardware.{error}") from error

@@ -62,6 +62,7 @@ class Overlong(Enum):
 
 class ReportKind(Enum):
     cells = "cells"
+    gpu = "gpu"
     npu = "npu"
 
 
@@ -149,7 +150,7 @@ class BudgetConfig:
     max_new_tokens: Optional[int] = None
     batch_size: int = 16
     timing_tokens: int = 32
-    timing_context_tokens: int = 512
+    timing_contexts: list[int] = field(default_factory=lambda: [512])
     bootstrap_resamples: int = 1000
     bertscore_encoder: str = MISSING
     text_dataset: str = "c4"
@@ -162,7 +163,18 @@ class BudgetConfig:
 
 @dataclass
 class HardwareConfig:
+    """What the gain is of: its subclasses are the kinds that there are."""
+
     name: str = MISSING
+
+
+@dataclass
+class GpuConfig(HardwareConfig):
+    linear_forwards: int = 100
+
+
+@dataclass
+class NpuConfig(HardwareConfig):
     num_macs: int = MISSING
     clock_hz: float = MISSING
     bandwidth_bytes_s: float = MISSING
@@ -333,7 +345,7 @@ def check(config: Config) -> None:
         "budget.seed_new_tokens": budget.seed_new_tokens,
         "budget.batch_size": budget.batch_size,
         "budget.timing_tokens": budget.timing_tokens,
-        "budget.timing_context_tokens": budget.timing_context_tokens,
+        "budget.timing_contexts": min(budget.timing_contexts, default=0),
         "budget.bootstrap_resamples": budget.bootstrap_resamples,
         "scheduler.epochs": scheduler.epochs,
         "scheduler.train_batch": scheduler.train_batch,

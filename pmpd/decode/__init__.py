@@ -3,8 +3,10 @@
 from pmpd.decode.ahead import ahead
 from pmpd.decode.cache import BufferCache
 from pmpd.decode.complete import complete, stream
+from pmpd.decode.fastest import fastest
 from pmpd.decode.forward import two_phase_nll, window_nll
 from pmpd.decode.loop import State, StepModel, context_limit, decode, prefill
+from pmpd.decode.random import random_llama
 from pmpd.decode.tree import TreeStats, decode_schedules, decode_tree
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "decode",
     "decode_schedules",
     "decode_tree",
+    "fastest",
     "prefill",
+    "random_llama",
     "stream",
     "two_phase_nll",
     "window_nll",
