@@ -14,11 +14,19 @@ from torch import nn
 
 from pmpd.decode.captured import CapturedStep, not_capturable
 from pmpd.decode.graphs import GraphedModel
-from pmpd.decode.llama import fuse, not_fusable
+from pmpd.decode.llama import FusedLlama, fuse, not_fusable
 from pmpd.decode.llama_step import LlamaStep, no_step
 from pmpd.quant import PrecisionCell
 
 log = logging.getLogger(__name__)
+
+CPU_FORWARD = "the model's own forward, on dequantised weights: bits save no time"
+FUSED_GRAPHS = "fused kernels under CUDA graphs"
+
+
+def graphed(model: FusedLlama, cell: PrecisionCell | None) -> GraphedModel:
+    """A fused model, on a GPU already, whose decode steps are kernels of our own under CUDA graphs."""
+    return GraphedModel(model, cell, LlamaStep(model))
 
 
 def fastest(
@@ -30,7 +38,7 @@ def fastest(
     """
     device = torch.device(device)
     if device.type != "cuda":
-        return nn.Module.to(model, device), cell, "the model's own forward, on dequantised weights: bits save no time"
+        return nn.Module.to(model, device), cell, CPU_FORWARD
     reason = not_fusable(model.config) or no_step(model.config, next(model.parameters()).dtype)
     if reason is None:
         model, cell = fuse(model, cell)  # before it moves: packed for the device, weights can no longer be joined
@@ -39,7 +47,7 @@ def fastest(
     nn.Module.to(model, device)
     with torch.cuda.device(device):
         if reason is None:
-            return GraphedModel(model, cell, LlamaStep(model)), cell, "fused kernels under CUDA graphs"
+            return graphed(model, cell), cell, FUSED_GRAPHS
         reason = not_capturable(model.config)
         if reason is None:
             return GraphedModel(model, cell, CapturedStep(model)), cell, "the model's own code under CUDA graphs"

@@ -67,7 +67,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def summary_table(records: Sequence[CellRecord]) -> str:
     """Cells of one model and task: bits, metrics with 95 % intervals, agreement, difference to high, gain."""
     metrics = records[0].metrics
-    gains = [(title, q, digits, suffix) for title, q, digits, suffix in GAINS if records[0].find(q)]
+    gains = [(title, q, digits, suffix) for title, q, digits, suffix in GAINS if any(r.find(q) for r in records)]
     header = ["scheduler", "prefill", "average bits"]
     header += [f"{TITLES[m]} [95 %]" for m in metrics]
     header += [f"{TITLES[metrics[0]]} - high", "agreement [95 %]", *(title for title, *_ in gains), "n"]

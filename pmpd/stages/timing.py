@@ -5,6 +5,7 @@ Where a time was measured is part of its key, so a store holds one record for ea
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,8 @@ from torch.nn import functional
 from transformers import AutoConfig
 
 from pmpd.artifacts import write_json
-from pmpd.decode import decode, fastest, prefill, random_llama
+from pmpd.decode import CPU_FORWARD, FUSED_GRAPHS, decode, fastest, graphed, prefill, random_llama
 from pmpd.hardware import conditions, self_cuda_us, time_steps
-from pmpd.kernels import cuda
 from pmpd.models import architecture, context_length
 from pmpd.records import FP16_BITS, Schedule, Step
 from pmpd.schedulers import Fixed
@@ -57,11 +57,13 @@ def run_latency(config: LatencyConfig, inputs: Mapping[str, Path], out: Path) ->
         nested = [b for b in config.bits if b != FP16_BITS]
         model: Any
         model, cell = random_llama(settings, nested, device=runtime.device, dtype=runtime.torch_dtype)
-        limit, weights = settings.max_position_embeddings, "random weights"
+        limit, weights, engine = settings.max_position_embeddings, "random weights", CPU_FORWARD
+        if runtime.device == "cuda":
+            model, engine = graphed(model, cell), FUSED_GRAPHS
     else:
-        model, cell = load(inputs["model"], inputs["nested"], runtime)
+        loaded = load(inputs["model"], inputs["nested"], dataclasses.replace(runtime, device="cpu"))
+        model, cell, engine = fastest(*loaded, runtime.device)
         limit, weights = context_length(inputs["model"], runtime.trust_remote_code), "the model's weights"
-    model, cell, engine = fastest(model, cell)
     contexts = [c for c in config.contexts if c + config.num_tokens < limit] or [limit - config.num_tokens - 1]
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -135,6 +137,8 @@ def run_linears(config: LinearsConfig, inputs: Mapping[str, Path], out: Path) ->
 
 def _products(x: torch.Tensor, out_features: int, bits: list[int]) -> dict[int, Callable[[], torch.Tensor]]:
     """The product of ``x`` with random weights, by precision; 16 is the ordinary linear layer."""
+    from pmpd.kernels import cuda
+
     in_features = x.shape[-1]
     nested = [b for b in bits if b != FP16_BITS]
     shape = (max(nested), out_features, -(-in_features // 32))
