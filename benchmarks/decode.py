@@ -141,9 +141,8 @@ def nested_model(table: Table, name: str, bits: list[int], prompt: list[int], st
     """Memory, steps at every precision, a schedule, a switch."""
     before = torch.cuda.memory_allocated()
     llama, cell = random_llama(shape(name), bits, device="cuda", keep_original=False)
-    for layer in (m for m in llama.modules() if hasattr(m, "nested")):
-        layer(torch.zeros(1, layer.in_features, dtype=torch.float16, device="cuda"))  # packed for the device
-    gc.collect()
+    assert cell is not None
+    cell.prepare(bits[0])  # packed for the device
     table.add(
         "memory", "pmpd", name, f"{bits[-1]}..{bits[0]}", "GiB", [(torch.cuda.memory_allocated() - before) / 2**30]
     )

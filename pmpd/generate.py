@@ -131,7 +131,7 @@ class Model:
         classes = found.classes if isinstance(found, Learned) else (found.schedule,) if isinstance(found, Fixed) else ()
         wanted = {found.prefill_bits, *(bits for schedule in classes for bits in schedule.levels)}
         if missing := sorted(wanted - set(self.bits)):
-            hint = "; load it with keep_fp16=True" if FP16_BITS in missing else ""
+            hint = "; load it with keep_fp16=True" if FP16_BITS in missing else "; max_bits= of load may keep more"
             raise ValueError(f"scheduler={scheduler!r} needs {missing} bits, and this model has {self.bits}{hint}")
         return found
 

@@ -46,6 +46,7 @@ def load(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     keep_fp16: bool | None = None,
+    max_bits: int | None = None,
     prompt: str | None = None,
     seed_bits: int = 2,
     parent_bits: int = 8,
@@ -67,6 +68,7 @@ def load(
         device: ``cuda`` or ``cpu``; None takes a GPU if there is one.
         dtype: of activations, the output head and the KV cache; None is float16 on a GPU, float32 on a CPU.
         keep_fp16: keep the unquantised block weights too, for the scheduler ``fp16``; None does on a CPU only.
+        max_bits: keep no precision above it in memory; None is ``high_bits`` on a GPU, all on a CPU.
         prompt: how a conversation is written, see :mod:`pmpd.models.prompt`; None is the tokenizer's chat template.
         seed_bits, parent_bits: lowest and highest precision of a nested model that is made.
         store: folder of the store; None is ``pmpd/store`` in the user's cache folder. The pipeline's is
@@ -96,7 +98,7 @@ def load(
         shards = Path(nested).expanduser()
     runtime = RuntimeConfig(str(dtype).removeprefix("torch."), "cpu", trust_remote_code)
     loaded, _ = load_weights(folder, None, runtime)
-    cell = attach(loaded, shards)
+    cell = attach(loaded, shards, high_bits if max_bits is None and on_gpu else max_bits)
     if not keep:
         cell.drop_originals()
     ready, fast_cell, engine = fastest(loaded, cell, device)

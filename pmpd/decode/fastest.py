@@ -45,6 +45,8 @@ def fastest(
     else:
         log.info("no fused kernels for this model: %s", reason)
     nn.Module.to(model, device)
+    if cell is not None:
+        cell.prepare(cell.bits)
     with torch.cuda.device(device):
         if reason is None:
             return graphed(model, cell), cell, FUSED_GRAPHS

@@ -218,12 +218,14 @@ def _join(layers: Sequence[nn.Module], cell: PrecisionCell | None) -> nn.Module:
         assert joined is not None
         return joined
     assert cell is not None
-    parts = [layer.nested for layer in layers if isinstance(layer, NestedLinear)]
+    parts = [layer.nested for layer in layers if isinstance(layer, NestedLinear) and layer.nested is not None]
+    assert len(parts) == len(layers), "layers are joined before they are packed"
+    one = parts[0]
     nested = NestedWeight(
-        torch.cat([part.planes for part in parts], dim=1) if len(parts) > 1 else first.nested.planes,
-        {bits: _rows([part.centroids[bits] for part in parts]) for bits in first.nested.centroids},
-        first.nested.in_features,
-        first.nested.group_size,
+        torch.cat([part.planes for part in parts], dim=1) if len(parts) > 1 else one.planes,
+        {bits: _rows([part.centroids[bits] for part in parts]) for bits in one.centroids},
+        one.in_features,
+        one.group_size,
     )
     if joined is None:
         return NestedLinear.without_original(nested, bias, first.anchor.dtype, cell)

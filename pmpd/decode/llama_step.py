@@ -14,8 +14,8 @@ from torch import Tensor
 from pmpd.decode.graphs import MAX_ROWS
 from pmpd.decode.llama import FusedLlama
 from pmpd.decode.loop import State, context_limit
+from pmpd.kernels import cuda
 from pmpd.kernels.block import ADDRESSES, FIRST_COLUMNS, MAX_HIDDEN, BlockKernels, not_supported
-from pmpd.quant import NestedLinear
 from pmpd.records import FP16_BITS
 
 
@@ -84,6 +84,10 @@ class LlamaStep:
     ) -> None:
         """``out`` = (or ``+=``, with ``add``) the layer's product, without its bias, with ``x``; with the norm of ``x``
         where its weight is given, with ``silu(first half) * second half`` where ``gate``."""
+        if bits != FP16_BITS:
+            residual, eps = out if add else None, self.model.eps
+            cuda.matmul(x, layer.packed, bits, norm_weight=norm, norm_eps=eps, gate_up=gate, residual=residual, out=out)
+            return
         rows = len(x)
         if norm is not None:
             self.kernels.norm(x, norm, self.normed[:rows], self.model.eps)
@@ -91,11 +95,10 @@ class LlamaStep:
         if gate:
             self.kernels.gate(x, self.gated[:rows])
             x = self.gated[:rows]
-        weight = (layer.weight_at(bits) if isinstance(layer, NestedLinear) else layer.weight).t()
         if add:
-            out.addmm_(x, weight)
+            out.addmm_(x, layer.weight.t())
         else:
-            torch.mm(x, weight, out=out)
+            torch.mm(x, layer.weight.t(), out=out)
 
 
 def no_step(config: Any, dtype: torch.dtype) -> str | None:
