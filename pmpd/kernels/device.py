@@ -94,7 +94,7 @@ def prepare(
         ValueError: shapes that do not agree, or what the kernels do not do (the message names it).
     """
     if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype={dtype}: the CUDA kernels take float16 and bfloat16; convert the model")
+        raise ValueError(f"dtype={dtype}: the CUDA kernels take float16 and bfloat16")
     if not centroids or min(centroids) < MIN_BITS or max(centroids) > MAX_BITS:
         raise ValueError(f"bits={sorted(centroids)}: the CUDA kernels do {MIN_BITS} to {MAX_BITS}; drop the others")
     if in_features % WORD_BITS or not 0 < in_features <= MAX_IN_FEATURES:

@@ -1,31 +1,27 @@
-// Product with a nested weight, and its dequantisation. The storage and the counts are explained in device.py and cuda.py.
+// Product with a nested weight, and its dequantisation. device.py explains the storage, cuda.py the design.
 //
 // Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; PROLOGUE 0 none, 1 RMSNorm
-// of x, 2 silu(gate) * up; GROUPED 0 or 1 (a table for each group_size columns, else for each row); STAGES steps of weights
-// that a warp has under way.
+// of x, 2 silu(gate) * up; GROUPED 0 or 1 (a table for each group_size columns, else for each row); STAGES steps of
+// weights that a warp has under way. Nothing is included: NVRTC comes without CUDA's headers.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-constexpr int TILE = 16;       // rows of the weight a warp works on: those of one mma
-constexpr int UNIT = 128;      // columns of a step: 32 for each of the four lanes that share a row
-constexpr int PLANES = BITS - 2;  // stored one by one; the first two are stored together
-constexpr int DIGITS = 2;                      // of an input: columns of the mma
-constexpr int NT = (ROWS * DIGITS + 7) / 8;    // mma of 8 columns
-constexpr int BASE = BITS == 4 ? 128 : 256;
-constexpr bool REGISTER_TABLE = BITS <= 4;
-constexpr int TABLE_BYTES = 2 << BITS;  // a row's (and group's)
+constexpr int TILE = 16;   // rows of the weight that a warp works on: those of one mma
+constexpr int UNIT = 128;  // columns that four mma take: 32 for each of the four lanes that share a row
 constexpr int STEP = 256;  // columns between two looks at the memory queue
-constexpr int STEP_BYTES = TILE * STEP * BITS / 8;
-constexpr int PAIR_BYTES = TILE * STEP / 4;   // of planes 0 and 1
+constexpr int PLANES = BITS - 2;  // stored one by one; the first two are stored together, as pairs
+constexpr int PAIR_BYTES = TILE * STEP / 4;
 constexpr int PLANE_BYTES = TILE * STEP / 8;
-#ifndef MIN_BLOCKS
-#define MIN_BLOCKS (BITS <= 4 && ROWS <= 4 ? 2 : 1)
-#endif
-#ifndef MAX_THREADS
-#define MAX_THREADS 512
-#endif
+constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
+constexpr int DIGITS = 2;                    // of an input: columns of the mma
+constexpr int NT = (ROWS * DIGITS + 7) / 8;  // mma of 8 columns
+constexpr int BASE = BITS == 4 ? 128 : 256;  // of a table's digits
+constexpr bool REGISTER_TABLE = BITS <= 4;
+constexpr int TABLE_BYTES = 2 << BITS;  // of a row (and group)
+constexpr int MAX_THREADS = 512;
+constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
 
 __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
     u32 d;
@@ -359,7 +355,7 @@ __device__ __forceinline__ void stage(u8* digits, int stride, Staged& s, const I
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,
-              int group_size, int groups, int splits, int early, int trigger) {
+              int group_size, int groups, int splits, int early, int late) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ Staged staged;
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -416,7 +412,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
             asm volatile("prefetch.global.L2 [%0];" ::"l"(norm_weight + k));
 #endif
 #if __CUDA_ARCH__ >= 900
-    if (trigger == 0) asm volatile("griddepcontrol.launch_dependents;");
+    if (!late) asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
     if (my_tiles == 0) return;
@@ -425,7 +421,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         for (int i = early; i < STAGES; i++) load_next();
     });
 #if __CUDA_ARCH__ >= 900
-    if (trigger == 1) asm volatile("griddepcontrol.launch_dependents;");
+    if (late) asm volatile("griddepcontrol.launch_dependents;");
 #endif
     wait_copies<STAGES>();
     __syncthreads();  // tables and digits are there

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pmpd.decode import BufferCache, decode, prefill
 from pmpd.decode.llama import FusedLlama, fuse, not_fusable
 from pmpd.models import block_linears
-from pmpd.quant import NestedLinear, PrecisionCell, quantize_weight
+from pmpd.quant import NestedLinear, NestedWeight, PrecisionCell
 from pmpd.records import Schedule
 from pmpd.schedulers import Planned
 from tests.decode.plain import make_prompts, plain_decode, tiny
@@ -41,14 +41,18 @@ ROPES: dict[str, dict[str, object]] = {
 
 
 def nested(model: Any, bits: range = range(2, 5)) -> PrecisionCell:
-    """Nested layers in place of the model's block linears."""
+    """Nested layers in place of the model's block linears; their weights are random, and differ between precisions."""
     cell = PrecisionCell()
+    generator = torch.Generator().manual_seed(7)
     for name, linear in block_linears(model).items():
-        weight = quantize_weight(
-            linear.weight.detach(), torch.ones_like(linear.weight), seed_bits=bits.start, parent_bits=bits.stop - 1
-        )
+        out_features, in_features = linear.weight.shape
+        shape = (bits.stop - 1, out_features, -(-in_features // 32))
+        planes = torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(torch.int32)
+        scale = float(linear.weight.detach().double().std())
+        tables = {b: (torch.randn(out_features, 1, 1 << b, generator=generator) * scale).half() for b in bits}
+        layer = NestedLinear(NestedWeight(planes, tables, in_features), linear, cell)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, NestedLinear(weight, linear, cell))
+        setattr(model.get_submodule(parent), leaf, layer)
     return cell
 
 
