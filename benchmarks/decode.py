@@ -3,6 +3,7 @@
     python benchmarks/decode.py                              Vicuna-7B's and MobileLLaMA-1.4B's shapes
     python benchmarks/decode.py --models mobilellama --bits 4 3
     python benchmarks/decode.py --hf                         also transformers' own step in a graph, at 16 bits
+    python benchmarks/decode.py --profile                    each kernel of a block, none overlapping the next; no CSV
 
 Weights are random, of the models' true shapes, made from the configuration alone; batch 1. The steps are those of the
 decode loop, an event between each two and no waiting on the host; steps of all precisions alternate in rounds, so that
@@ -40,6 +41,7 @@ from pmpd.decode.captured import CapturedStep
 from pmpd.decode.graphs import GraphedModel
 from pmpd.decode.llama_step import LlamaStep
 from pmpd.decode.random import random_llama
+from pmpd.kernels import nvrtc
 from pmpd.records import Schedule
 from pmpd.schedulers import Planned, Policy
 
@@ -197,6 +199,35 @@ def hf_model(table: Table, name: str, prompt: list[int], steps: int) -> None:
     )
 
 
+def profile(name: str, bits: list[int], prompt: list[int]) -> None:
+    """Print the median time of each kernel of a block at every precision. Kernels do not start early here, so that
+    their times are their own; their sum is more than a step takes."""
+    nvrtc.PROGRAMMATIC_CAPABILITY = (99, 0)
+    llama, cell = random_llama(shape(name), bits, device="cuda", keep_original=False)
+    model = GraphedModel(llama, cell, LlamaStep(llama))
+    for b in bits:
+        state = prefill(model, cell, [prompt], b, max_new_tokens=8)
+        steps = decode(model, cell, state, Planned(Schedule.uniform(b)), max_new_tokens=8, eos_ids=())
+        for _ in range(4):
+            next(steps)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            next(steps)
+            torch.cuda.synchronize()
+        events = sorted((e.time_range.start, e.name, e.device_time) for e in trace.events())
+        times: dict[str, list[float]] = {}
+        products = 0
+        for _, kernel, us in events:
+            label = kernel[:40]
+            if kernel == "nested_matmul":
+                label = ("qkv", "output", "gate_up", "down")[products % 4]
+                products += 1
+            times.setdefault(label, []).append(us)
+        for label, values in times.items():
+            text = f"{len(values):4} x {statistics.median(values):7.2f} us = {sum(values):8.1f} us"
+            sys.stdout.write(f"{name:12} {b} bits {label:42} {text}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -207,12 +238,16 @@ def main() -> None:
     parser.add_argument("--hf", action="store_true", help="transformers' own step in a graph too")
     parser.add_argument("--commit", help="that this code is of; default: what git says")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--profile", action="store_true", help="print each kernel's time instead")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("times are of a GPU, and PyTorch sees none")
     table = Table(args.context, args.commit or commit_here())
     prompt = torch.randint(3, 32000, (args.context,), generator=torch.Generator().manual_seed(0)).tolist()
     for name in args.models:
+        if args.profile:
+            profile(name, args.bits, prompt)
+            continue
         if args.bits:
             nested_model(table, name, args.bits, prompt, args.steps, args.rounds)
         gc.collect()
@@ -222,7 +257,8 @@ def main() -> None:
             hf_model(table, name, prompt, args.steps)
             gc.collect()
         torch.cuda.empty_cache()
-    table.write(args.out)
+    if not args.profile:
+        table.write(args.out)
 
 
 if __name__ == "__main__":

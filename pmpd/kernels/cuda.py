@@ -213,7 +213,16 @@ def _launch(x: Tensor, weight: _Operand, fused: _Fused, out: Tensor, plan: Launc
     needed = plan.shared_bytes(*shape, weight.groups)
     if plan.alone:
         needed = max(needed, min(launch.ALONE_SHARED_BYTES, shared - launch.STATIC_SHARED_BYTES))
-    module = _module(weight.bits, plan.capacity, x.dtype, fused.prologue, weight.groups > 1, plan.stages)
+    module = _module(
+        weight.bits,
+        plan.capacity,
+        x.dtype,
+        fused.prologue,
+        weight.groups > 1,
+        plan.stages,
+        in_features % launch.STEP != 0,
+        plan.once(in_features),
+    )
     module["nested_matmul"](
         (plan.blocks,),
         (plan.threads,),
@@ -255,7 +264,7 @@ def _decode(weight: _Operand, first_row: int, out: Tensor) -> None:
     rows, in_features = out.shape
     warps = 4
     with torch.cuda.device(out.device):
-        module = _module(weight.bits, 1, out.dtype, PLAIN, weight.groups > 1, 1)
+        module = _module(weight.bits, 1, out.dtype, PLAIN, weight.groups > 1, 1, in_features % launch.STEP != 0, True)
         module["dequantize"](
             (-(-in_features // (warps * UNIT)), -(-rows // TILE)),
             (32 * warps,),
@@ -289,7 +298,9 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def _module(bits: int, rows: int, dtype: torch.dtype, prologue: int, grouped: bool, stages: int) -> nvrtc.Module:
+def _module(
+    bits: int, rows: int, dtype: torch.dtype, prologue: int, grouped: bool, stages: int, ragged: bool, once: bool
+) -> nvrtc.Module:
     source = resources.files("pmpd.kernels").joinpath("nested_matmul.cu").read_text()
     choices = {
         "BITS": bits,
@@ -298,6 +309,8 @@ def _module(bits: int, rows: int, dtype: torch.dtype, prologue: int, grouped: bo
         "PROLOGUE": prologue,
         "GROUPED": int(grouped),
         "STAGES": stages,
+        "RAGGED": int(ragged),
+        "ONCE": int(once),
     }
     return nvrtc.compile(source, [f"-D{name}={value}" for name, value in choices.items()])
 

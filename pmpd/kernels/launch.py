@@ -12,6 +12,8 @@ from pmpd.kernels.device import REGISTER_BITS, TILE
 
 STEP = 256
 """Columns that a warp copies at once."""
+STEPS_IN_REGISTERS = 2
+"""Steps of x that a warp keeps there."""
 DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
@@ -55,6 +57,10 @@ class Launch:
     def capacity(self) -> int:
         """Rows of x that the kernel is compiled for: 1, 2, 4 or 8."""
         return 1 << (self.rows - 1).bit_length()
+
+    def once(self, in_features: int) -> bool:
+        """Whether a warp keeps its columns of x in registers between the two looks that it takes."""
+        return in_features <= STEPS_IN_REGISTERS * self.splits * STEP
 
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
         """Dynamic shared memory of a block: rings of weights, digits of x, partial sums, scales and tables."""

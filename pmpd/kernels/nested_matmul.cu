@@ -2,7 +2,9 @@
 //
 // Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; PROLOGUE 0 none, 1 RMSNorm
 // of x, 2 silu(gate) * up; GROUPED 0 or 1 (a table for each group_size columns, else for each row); STAGES steps of
-// weights that a warp has under way. Nothing is included: NVRTC comes without CUDA's headers.
+// weights that a warp has under way; RAGGED 0 or 1 (columns that STEP does not divide); ONCE 1 or 0 (a warp's columns of x
+// stay in registers). Short kernels wait for their own instructions, so what a shape does not need is left out.
+// Nothing is included: NVRTC comes without CUDA's headers.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -114,7 +116,7 @@ struct Source {
 // A step into shared memory: [unit][lane] pairs, then [unit][lane] of each plane. Lanes without columns get nothing: their
 // inputs are zero, whatever is there.
 __device__ __forceinline__ void copy_step(u8* to, const Source& from, u32 offset, int in_features, int step, int lane) {
-    if (step * STEP + STEP <= in_features) {
+    if (!RAGGED || step * STEP + STEP <= in_features) {
         copy16(to + lane * 16, from.pairs + offset);
         copy16(to + 512 + lane * 16, from.pairs + offset + 512);
         #pragma unroll
@@ -275,7 +277,6 @@ template <typename F>
 __device__ __forceinline__ void stage(u8* digits, int stride, Staged& s, const Input& in, int split, int splits, int team,
                                       int teams, int lane, F&& once_loads_are_out) {
     const int hop = splits * STEP, padded = in.left + 8 * lane;  // from the step's first column
-    const bool once = padded + split * STEP <= CHUNK * hop;
     Raw next;
     if (ROWS == 1) fetch(next, in, 0, 0, hop);
     else if (team < in.rows) fetch(next, in, team, 0, hop);
@@ -295,7 +296,7 @@ __device__ __forceinline__ void stage(u8* digits, int stride, Staged& s, const I
             }
         };
         look(0);
-        if (!once) {
+        if (!ONCE) {
             #pragma unroll 1
             for (int ahead = CHUNK * hop; ahead < padded; ahead += CHUNK * hop) {
                 fetch(raw, in, m, ahead, hop);
@@ -326,7 +327,7 @@ __device__ __forceinline__ void stage(u8* digits, int stride, Staged& s, const I
                         make_uint2(byte[d][0], byte[d][1]);
             }
         };
-        if (once) {
+        if (ONCE) {
             write(0);
         } else {
             #pragma unroll 1
@@ -491,22 +492,29 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     }
     __syncthreads();
 
-    for (int i = threadIdx.x; i < my_tiles * ROWS * TILE; i += blockDim.x) {
-        int r = i % TILE, m = i / TILE % ROWS, local = i / (TILE * ROWS);
-        int row = (first_tile + local) * TILE + r;
-        if (m >= rows || row >= out_features) continue;
+    // Four lanes for an output, each with a quarter of the splits; i counts lanes, always of whole warps.
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < my_tiles * ROWS * TILE * 4; i += blockDim.x) {
+        const int r = i / 4 % TILE, m = i / (4 * TILE) % ROWS, local = i / (4 * TILE * ROWS);
         float product = 0, sum = 0, squares = 0;
-        #pragma unroll 4
-        for (int k = 0; k < splits; k++) {
+        #pragma unroll 1
+        for (int k = i % 4; k < splits; k += 4) {
             product += partial[((local * splits + k) * ROWS + m) * TILE + r];
             sum += staged.sum[m][k];
             if (PROLOGUE == 1) squares += staged.squares[m][k];
         }
-        float2 scale = block_scales[local * TILE + r];
+        const float2 scale = block_scales[local * TILE + r];
         float value = scale.x * product + scale.y * sum;
+        #pragma unroll
+        for (int d = 1; d < 4; d *= 2) {
+            value += __shfl_xor_sync(~0u, value, d);
+            if (PROLOGUE == 1) squares += __shfl_xor_sync(~0u, squares, d);
+        }
+        const int row = (first_tile + local) * TILE + r;
+        if (i % 4 || m >= rows || row >= out_features) continue;
         if (PROLOGUE == 1) value *= rsqrtf(squares / in_features + norm_eps);
         if (bias) value += to_float(bias[row]);
-        size_t at = size_t(m) * out_features + row;
+        const size_t at = size_t(m) * out_features + row;
         if (residual) value += to_float(residual[at]);
         out[at] = from_float(value);
     }
