@@ -102,7 +102,9 @@ def write_gpu_report(cells: Sequence[GpuCell], store: Store, out: Path) -> str:
             texts.append(f"Decoding one sequence, {timing['weights']}, {timing['engine']}, {timing['machine']}:\n")
             texts.append(steps_table(timing["rows"]) + "\n")
             rows += _step_rows(cell, cell.latency, timing)
-    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(out / "results.csv", index=False)
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    whole = dict.fromkeys(("context_tokens", "out_features", "in_features"), "Int64")  # empty where they do not apply
+    frame.astype(whole).to_csv(out / "results.csv", index=False)
     text = "\n".join(texts)
     (out / "table.md").write_text(text, encoding="utf-8")
     return text
