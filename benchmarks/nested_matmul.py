@@ -282,7 +282,7 @@ def draw(path: Path) -> None:
         if points:
             axes.scatter(*zip(*points, strict=True), s=14, label=provider)
             largest = max(largest, points[-1][0])
-    line = [0.3, largest]
+    line = [1.0, largest]
     axes.plot(line, [1e12 * megabytes / ceiling for megabytes in line], "k--", label=f"{ceiling / 1e12:.2f} TB/s")
     axes.set(xscale="log", yscale="log", xlabel="bytes of weights, MB", ylabel="time, microseconds")
     axes.set_title(f"One row of x, {rows[-1]['gpu']}")

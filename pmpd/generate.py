@@ -112,6 +112,12 @@ class Model:
         steps = stream(self.model, self.cell, ids, chosen, max_new_tokens=max_new_tokens, eos_ids=self.prompter.eos_ids)
         return self._pieces((step.index, int(step.tokens), step.bits, max_new_tokens) for step in steps)
 
+    def warm_up(self) -> None:
+        """Two tokens at every precision: what a GPU compiles and captures when first needed is then there."""
+        for bits in self.bits:
+            for _ in stream(self.model, self.cell, [0], Fixed(Schedule.uniform(bits)), max_new_tokens=2, eos_ids=()):
+                pass
+
     def scheduler(
         self, scheduler: str | Path | Schedule | Scheduler, max_new_tokens: int, switch_step: int | None = None
     ) -> Scheduler:

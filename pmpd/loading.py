@@ -86,10 +86,10 @@ def load(
     keep = not on_gpu if keep_fp16 is None else keep_fp16
     kept = Store(default_store() if store is None else Path(store).expanduser())
     digests = kept.root / "digests.json"
-    model = model_input(resolve(ALIASES.get(str(path), str(path)), revision), digests)
-    folder = kept.materialize(model, _execute)
+    weights = model_input(resolve(ALIASES.get(str(path), str(path)), revision), digests)
+    folder = kept.materialize(weights, _execute)
     if nested is None:
-        recipe = _recipe(model, calibration, digests, on_gpu, seed_bits, parent_bits, trust_remote_code)
+        recipe = _recipe(weights, calibration, digests, on_gpu, seed_bits, parent_bits, trust_remote_code)
         if kept.status(recipe) != "cached":
             how = "weighted by gradients on shipped texts" if calibration else "by plain k-means"
             log.info("quantising %s to %d..%d bits, %s, into %s", path, seed_bits, parent_bits, how, kept.path(recipe))
@@ -104,7 +104,10 @@ def load(
     ready, fast_cell, engine = fastest(loaded, cell, device)
     assert fast_cell is not None
     prompter = _prompter(folder, prompt, trust_remote_code)
-    return Model(ready, fast_cell, prompter, high_bits=high_bits, low_bits=low_bits, engine=engine)
+    model = Model(ready, fast_cell, prompter, high_bits=high_bits, low_bits=low_bits, engine=engine)
+    if on_gpu:
+        model.warm_up()
+    return model
 
 
 def default_store() -> Path:

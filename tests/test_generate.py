@@ -56,6 +56,12 @@ def test_an_answer_is_what_its_schedule_decodes(model: Model, scheduler: Any, sc
     assert "".join(piece.text for piece in pieces) == model.prompter.text(tokens(pieces))
 
 
+def test_warming_up_changes_no_answer(model: Model) -> None:
+    before = tokens(list(model.generate("The fox", max_new_tokens=6)))
+    model.warm_up()
+    assert tokens(list(model.generate("The fox", max_new_tokens=6))) == before
+
+
 def test_a_switch_step_is_the_last_high_step(model: Model) -> None:
     pieces = list(model.generate("The lazy dog", scheduler="static", switch_step=2, max_new_tokens=6))
     assert [piece.bits for piece in pieces] == [4, 4, 4, 2, 2, 2][: len(pieces)]

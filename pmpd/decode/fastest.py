@@ -45,13 +45,20 @@ def fastest(
     else:
         log.info("no fused kernels for this model: %s", reason)
     nn.Module.to(model, device)
+    weights = ""
     if cell is not None:
         cell.prepare(cell.bits)
+        if any(layer.packed is None for layer in cell.layers):
+            weights = ", on dequantised weights: bits save no time"
     with torch.cuda.device(device):
         if reason is None:
             return graphed(model, cell), cell, FUSED_GRAPHS
         reason = not_capturable(model.config)
         if reason is None:
-            return GraphedModel(model, cell, CapturedStep(model)), cell, "the model's own code under CUDA graphs"
+            return (
+                GraphedModel(model, cell, CapturedStep(model)),
+                cell,
+                f"the model's own code under CUDA graphs{weights}",
+            )
     log.warning("no graphs for this model, so the CPU sets the pace: %s", reason)
-    return model, cell, "the model's own forward, launched by the CPU"
+    return model, cell, f"the model's own forward, launched by the CPU{weights}"

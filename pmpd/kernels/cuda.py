@@ -74,13 +74,26 @@ def matmul(
         ValueError: bits that the weight has not, or tensors that do not fit it.
         RuntimeError: a GPU or an installation that cannot run the kernels; the message names the fix.
     """
-    operand = _operand(weight, bits)
+    if bits not in weight.tables:
+        raise ValueError(f"bits={bits} is not available; this weight has {sorted(weight.tables)}")
     if x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype}, the weight was prepared for {weight.dtype}")
-    fused = _Fused(norm_weight, norm_eps, gate_up, residual, bias)
-    if out is None:
-        return torch.ops.pmpd.nested_matmul(x, *vars(operand).values(), *vars(fused).values())
-    _multiply(x, operand, fused, out)
+    if out is None:  # written out: torch.compile traces it
+        return torch.ops.pmpd.nested_matmul(
+            x,
+            weight.packed,
+            weight.tables[bits],
+            weight.scales[bits],
+            bits,
+            weight.out_features,
+            weight.group_size or 0,
+            norm_weight,
+            norm_eps,
+            gate_up,
+            residual,
+            bias,
+        )
+    _multiply(x, _operand(weight, bits), _Fused(norm_weight, norm_eps, gate_up, residual, bias), out)
     return out
 
 
@@ -117,6 +130,8 @@ def dequantize(weight: DeviceWeight, bits: int) -> Tensor:
     Raises:
         ValueError, RuntimeError: as :func:`matmul`.
     """
+    if bits not in weight.tables:
+        raise ValueError(f"bits={bits} is not available; this weight has {sorted(weight.tables)}")
     out = torch.empty(weight.out_features, weight.in_features, dtype=weight.dtype, device=weight.packed.device)
     _decode(_operand(weight, bits), 0, out)
     return out
@@ -154,8 +169,6 @@ class _Fused:
 
 
 def _operand(weight: DeviceWeight, bits: int) -> _Operand:
-    if bits not in weight.tables:
-        raise ValueError(f"bits={bits} is not available; this weight has {sorted(weight.tables)}")
     table, scales = weight.tables[bits], weight.scales[bits]
     return _Operand(weight.packed, table, scales, bits, weight.out_features, weight.group_size or 0)
 

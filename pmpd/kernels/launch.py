@@ -84,12 +84,15 @@ def choose(out_features: int, in_features: int, bits: int, rows: int, processors
         teams = min(rows, 4 if steps <= MAX_WARPS // 2 else 2)
         late = round_of_tiles == 1 or bits >= REGISTER_BITS
         return Launch(_even(steps, MAX_WARPS // teams), teams, 2, 1 if late else 2, late, round_of_tiles == 1)
+    full = tiles >= FULL * round_of_tiles * processors
     if round_of_tiles == 1:
+        if bits == 2 and steps <= MAX_WARPS // 2:
+            return Launch(_even(steps, 4), 1, 3, 1, True)
         return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
     if round_of_tiles == 2 and steps > MAX_WARPS:
-        return Launch(_even(steps, MAX_WARPS), 1, 2, 2, True)
+        return Launch(_even(steps, MAX_WARPS), 1, 2, 2, full)
     splits = _even(steps, MAX_WARPS // 2 if steps > MAX_WARPS // 2 else 4)
-    if bits < REGISTER_BITS and tiles >= FULL * round_of_tiles * processors:
+    if bits < REGISTER_BITS and full:
         return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 2, False)
     if round_of_tiles == 2:
         return Launch(_even(steps, MAX_WARPS // 2), 1, 3, 1, True)

@@ -232,8 +232,9 @@ def _nvrtc() -> ctypes.CDLL:
     for candidate in candidates:
         try:
             # NVRTC opens its built-ins by name alone, which works only once they are in the process.
-            for builtins in sorted(Path(candidate).parent.glob("libnvrtc-builtins.so.*")):
-                ctypes.CDLL(str(builtins))
+            if Path(candidate).is_absolute():
+                for builtins in sorted(Path(candidate).parent.glob("libnvrtc-builtins.so.*")):
+                    ctypes.CDLL(str(builtins))
             library = ctypes.CDLL(candidate)
         except OSError as error:
             log.debug("%s does not load: %s", candidate, error)

@@ -31,7 +31,7 @@ def test_on_a_cpu_a_model_is_as_it_is_and_claims_nothing(tmp_path: Path) -> None
     [
         ("llama_gqa", torch.float16, LlamaStep, "fused kernels"),
         ("qwen2", torch.bfloat16, LlamaStep, "fused kernels"),
-        ("llama", torch.float32, CapturedStep, "own code under CUDA graphs"),
+        ("llama", torch.float32, CapturedStep, "own code under CUDA graphs, on dequantised weights"),
         ("phi", torch.float16, CapturedStep, "own code under CUDA graphs"),
     ],
 )

@@ -89,6 +89,29 @@ def test_yielded_tokens_and_logits_are_not_written_over(quantised: tuple[nn.Modu
     assert all(torch.equal(now, then) for _, now, then in kept)
 
 
+def test_a_policy_sees_the_logits_before_its_step(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    class Confident:
+        """Falls to 2 bits for good once the margin of the first row is large."""
+
+        schedule = None
+        low = False
+
+        def bits(self, step: int, logits: torch.Tensor | None) -> int:
+            assert logits is not None
+            first, second = logits[0].topk(2).values
+            self.low = self.low or float(first - second) > 0.4
+            return 2 if self.low else 4
+
+    model, cell = quantised
+    results = []
+    for runner in (model, graphed(model, cell)):
+        state = prefill(runner, cell, PROMPTS[:2], 4, max_new_tokens=M)
+        steps = list(decode(runner, cell, state, Confident(), max_new_tokens=M, eos_ids=[]))
+        results.append([(step.bits, step.tokens.tolist()) for step in steps])
+    assert results[0] == results[1]
+    assert len({bits for bits, _ in results[0][1:]}) == 2, "it should have switched on the way"
+
+
 def test_a_sliding_window_is_not_captured(tmp_path: Path) -> None:
     model = tiny(tmp_path, "mistral")
     model.config.sliding_window = 6  # type: ignore[union-attr]
