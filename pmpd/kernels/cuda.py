@@ -1,7 +1,7 @@
 """The product with a nested weight on an NVIDIA GPU.
 
-``device.py`` has the storage, ``launch.py`` the sizes of launches, ``nested_matmul.cu`` the kernels. Nothing here
-knows layers or models.
+``device.py`` has the storage, ``launch.py`` the sizes of launches, ``nested_*.cu`` the kernels. Nothing here knows
+layers or models.
 
 The design. A table's entries are 16-bit integers of their row's scale and offset, kept as high and low bytes; an input
 is a 16-bit integer of the scale of its part of the columns, kept as two signed base-256 digits. ``prmt`` (byte
@@ -40,6 +40,8 @@ MAX_LAUNCHED_ROWS = 32
 DECODED_WEIGHTS = 1 << 25
 """Weights decoded at a time for many rows of x: 64 MiB."""
 MIN_CAPABILITY = (8, 0)
+SOURCES = ("nested_weight.cu", "nested_input.cu", "nested_matmul.cu")
+"""One program in this order."""
 PLAIN, NORM, GATE_UP = 0, 1, 2
 """What a kernel does to x first."""
 
@@ -314,7 +316,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 def _module(
     bits: int, rows: int, dtype: torch.dtype, prologue: int, grouped: bool, stages: int, ragged: bool, once: bool
 ) -> nvrtc.Module:
-    source = resources.files("pmpd.kernels").joinpath("nested_matmul.cu").read_text()
+    source = "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in SOURCES)
     choices = {
         "BITS": bits,
         "ROWS": rows,
