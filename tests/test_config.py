@@ -8,9 +8,9 @@ from pmpd.config import (
     BudgetConfig,
     Config,
     ConfigError,
-    HardwareConfig,
     Metric,
     ModelConfig,
+    NpuConfig,
     QuantizerConfig,
     SchedulerConfig,
     SchedulerKind,
@@ -47,7 +47,7 @@ def valid() -> Config:
             seed_new_tokens=4,
             bertscore_encoder="e",
         ),
-        hardware=HardwareConfig(name="h", num_macs=1, clock_hz=1.0, bandwidth_bytes_s=1.0),
+        hardware=NpuConfig(name="h", num_macs=1, clock_hz=1.0, bandwidth_bytes_s=1.0),
     )
 
 

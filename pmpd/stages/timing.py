@@ -27,8 +27,6 @@ from pmpd.stages.evaluate import RESULTS_FILE
 from pmpd.stages.runtime import load, progress
 
 WARMUP, REPEATS = 1, 3
-MIN_TOKEN, VOCABULARY = 3, 1000
-"""Random prompts: times do not depend on what the tokens are."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,11 @@ def run_latency(config: LatencyConfig, inputs: Mapping[str, Path], out: Path) ->
         model, cell, engine = fastest(*loaded, runtime.device)
         limit, weights = context_length(inputs["model"], runtime.trust_remote_code), "the model's weights"
     contexts = [c for c in config.contexts if c + config.num_tokens < limit] or [limit - config.num_tokens - 1]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # times do not depend on what the tokens are
+    vocab_size = int(model.config.get_text_config().vocab_size)
     rows = []
     for context in progress(contexts, "latency"):
-        prompt = torch.randint(MIN_TOKEN, VOCABULARY, (context,), generator=generator).tolist()
+        prompt = torch.randint(vocab_size, (context,), generator=generator).tolist()
         for bits in config.bits:
 
             def steps(bits: int = bits, prompt: list[int] = prompt) -> Iterator[Step]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pipelines.plan import npu_of
+from pipelines.machines import npu_of
 from pipelines.report import CONF
 from pipelines.schema import register
 from pmpd.config import from_omegaconf
