@@ -20,6 +20,7 @@ from pmpd.hardware.npu import published_shapes
 from pmpd.records import FP16_BITS, Architecture
 from pmpd.report import linears_table, steps_table
 from pmpd.stages import RuntimeConfig
+from pmpd.stages.evaluate import RESULTS_FILE
 from pmpd.stages.timing import LATENCY, LINEARS, LatencyConfig, LinearsConfig
 
 LLAMA_FAMILY = ("vicuna7b", "mobilellama", "llama3_1_8b", "smollm2")
@@ -54,12 +55,13 @@ def gpu_cell(config: Config, store: Store, *, reading: bool = False) -> GpuCell:
     if name not in published_shapes():
         raise ConfigError(f"model={name} is not possible with report=gpu: one of {', '.join(published_shapes())}")
     shape = published_shapes()[name]
-    dtype = "float16" if config.model.dtype.value == "float32" else config.model.dtype.value
+    runtime = RuntimeConfig(config.model.dtype.value, "cuda").on_gpu()
     bits = [FP16_BITS, *range(quantizer.parent_bits, quantizer.seed_bits - 1, -1)]
     shapes = [list(pair) for pair in sorted(set(shape.linear_shapes))]
 
     def linears(machine: str) -> Node:
-        return LINEARS.node(LinearsConfig(shapes, bits, hardware.linear_forwards, dtype, machine))
+        timing = LinearsConfig(shapes, bits, quantizer.group_size, hardware.linear_forwards, runtime.dtype, machine)
+        return LINEARS.node(timing)
 
     def latency(machine: str) -> Node:
         return LATENCY.node(
@@ -68,7 +70,7 @@ def gpu_cell(config: Config, store: Store, *, reading: bool = False) -> GpuCell:
                 contexts=list(budget.timing_contexts),
                 num_tokens=budget.timing_tokens,
                 random=_llama(shape),
-                runtime=RuntimeConfig(dtype, "cuda"),
+                runtime=runtime,
                 machine=machine,
             )
         )
@@ -93,12 +95,12 @@ def write_gpu_report(cells: Sequence[GpuCell], store: Store, out: Path) -> str:
     rows: list[dict[str, Any]] = []
     texts = []
     for cell in cells:
-        timing = read_json(store.verify(cell.linears) / "results.json")
+        timing = read_json(store.verify(cell.linears) / RESULTS_FILE)
         texts.append(f"## {cell.model}\n\nLinear layers, one input, {timing['weights']}, {timing['machine']}:\n")
         texts.append(linears_table(timing["rows"]) + "\n")
         rows += _linear_rows(cell, timing)
         if cell.latency is not None:
-            timing = read_json(store.verify(cell.latency) / "results.json")
+            timing = read_json(store.verify(cell.latency) / RESULTS_FILE)
             texts.append(f"Decoding one sequence, {timing['weights']}, {timing['engine']}, {timing['machine']}:\n")
             texts.append(steps_table(timing["rows"]) + "\n")
             rows += _step_rows(cell, cell.latency, timing)

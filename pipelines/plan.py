@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pipelines.machines import check_hardware, timed
+from pipelines.machines import Measured, Measures, check_hardware, measures
 from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Input, Node, Store
 from pmpd.config import (
     Config,
     ConfigError,
-    GpuConfig,
     Metric,
     Overlong,
     SchedulerKind,
@@ -38,11 +37,9 @@ from pmpd.stages.learned import (
     FeaturesConfig,
     TrainLearnedConfig,
 )
-from pmpd.stages.measure import ESTIMATE, GAIN, EstimateConfig, GainConfig
 from pmpd.stages.quantization import QUANTIZE, SENSITIVITY, QuantizeConfig, SensitivityConfig
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
-from pmpd.stages.timing import LATENCY, LINEARS, LatencyConfig, LinearsConfig
 
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
@@ -150,10 +147,8 @@ class Planner:
             data=self.texts_data,
         )
         self.runtime = RuntimeConfig(config.model.dtype.value, device_type(config), config.model.trust_remote_code)
-        # The gradients of float16 weights underflow.
-        differentiable = "bfloat16" if self.runtime.dtype == "float16" else self.runtime.dtype
         sensitivity = SENSITIVITY.node(
-            SensitivityConfig(dataclasses.replace(self.runtime, dtype=differentiable)),
+            SensitivityConfig(self.runtime.differentiable()),
             model=self.model,
             texts=calibration,
         )
@@ -236,15 +231,16 @@ class Planner:
             **choice.inputs,
             **self.encoder,
         )
+        gains = self._measures(evaluation, precisions)
         return Cell(
             config=config,
             precisions=precisions,
             prefill_bits=_uniform(kind, precisions).prefill_bits if kind in UNIFORM else self._prefill_bits(precisions),
             search=self.search,
             evaluation=evaluation,
-            gain=self._gain(evaluation, precisions),
-            latency=self._latency(precisions),
-            linears=self._linears(precisions),
+            gain=gains.gain,
+            latency=gains.latency,
+            linears=gains.linears,
             fit=choice.fit,
             training=choice.training,
         )
@@ -295,61 +291,13 @@ class Planner:
             **self._rollouts(validation, candidates, precisions, self.max_new_tokens),
         )
 
-    def _gain(self, evaluation: Node, precisions: Precisions) -> Node:
-        config = self.config
-        resamples, seed = config.budget.bootstrap_resamples, config.seed
-        if isinstance(config.hardware, GpuConfig):
-            return GAIN.node(
-                GainConfig(precisions.high, resamples, seed),
-                evaluation=evaluation,
-                latency=self._latency(precisions),
-            )
-        return ESTIMATE.node(
-            EstimateConfig(
-                npu=dataclasses.asdict(config.hardware),
-                parent_bits=config.quantizer.parent_bits,
-                group_size=config.quantizer.group_size,
-                trust_remote_code=config.model.trust_remote_code,
-                resamples=resamples,
-                seed=seed,
-            ),
-            evaluation=evaluation,
-            model=self.model,
+    def _measures(self, evaluation: Node, precisions: Precisions) -> Measures:
+        return measures(
+            self.config,
+            self.store,
+            Measured(self.model, self.nested, evaluation, precisions.levels, self.runtime),
+            reading=self.reading,
         )
-
-    def _latency(self, precisions: Precisions) -> Node:
-        """Decode steps of the cell's precisions, on the GPU with ``hardware=gpu``, else on the cell's own device."""
-        budget = self.config.budget
-        runtime = self.runtime
-        if isinstance(self.config.hardware, GpuConfig):
-            dtype = "float16" if runtime.dtype == "float32" else runtime.dtype
-            runtime = dataclasses.replace(runtime, dtype=dtype, device="cuda")
-
-        def node(machine: str) -> Node:
-            config = LatencyConfig(
-                bits=sorted({FP16_BITS, *precisions.levels}, reverse=True),
-                contexts=list(budget.timing_contexts),
-                num_tokens=budget.timing_tokens,
-                random=None,
-                runtime=runtime,
-                machine=machine,
-            )
-            return LATENCY.node(config, model=self.model, nested=self.nested)
-
-        return timed(self.store, runtime.device, node, reading=self.reading)
-
-    def _linears(self, precisions: Precisions) -> Node | None:
-        hardware = self.config.hardware
-        if not isinstance(hardware, GpuConfig):
-            return None
-        forwards, dtype = hardware.linear_forwards, self.config.model.dtype.value
-        bits = sorted({FP16_BITS, *precisions.levels}, reverse=True)
-
-        def node(machine: str) -> Node:
-            config = LinearsConfig(None, bits, forwards, "float16" if dtype == "float32" else dtype, machine)
-            return LINEARS.node(config, model=self.model)
-
-        return timed(self.store, "cuda", node, reading=self.reading)
 
     def _learned(self, precisions: Precisions, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
         """Training, and its decisions on the task's prompts."""

@@ -13,10 +13,11 @@ import torch
 from pipelines.plan import Cell, MissingSearchError, Planner
 from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Node, Store
-from pmpd.config import Config, ConfigError, Metric, SchedulerKind, Solver
+from pmpd.config import Config, ConfigError, GpuConfig, Metric, SchedulerKind, Solver
 from pmpd.models import resolve
 from pmpd.stages import STAGES
 from pmpd.stages.inputs import model_input
+from pmpd.stages.timing import LATENCY
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def check_sources(config: Config, store: Store) -> None:
         assert config.task.validation_split is not None
         splits.append(config.task.validation_split)
     checks: list[Callable[[], object]] = [
-        partial(_check_machine, config),
+        partial(_check_machine, config, store),
         lambda: model_input(resolve(config.model.path, config.model.revision), digests),
         partial(text_input, config, digests),
         *(partial(task_input, config, split, digests) for split in splits),
@@ -59,7 +60,21 @@ def check_sources(config: Config, store: Store) -> None:
         raise PreflightError(f"{len(problems)} things are missing\n  - " + "\n  - ".join(problems))
 
 
-def _check_machine(config: Config) -> None:
+def _check_machine(config: Config, store: Store) -> None:
+    if isinstance(config.hardware, GpuConfig):
+        if torch.cuda.is_available():
+            from pmpd.kernels.cuda import MIN_CAPABILITY
+
+            if (capability := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
+                raise PreflightError(
+                    f"hardware=gpu is not possible: the kernels need compute capability {MIN_CAPABILITY}, this GPU has "
+                    f"{capability}; hardware=npu_4k estimates"
+                )
+        elif not any(found["runtime"]["device"] == "cuda" for found in store.configs(LATENCY.name)):
+            raise PreflightError(
+                "hardware=gpu is not possible: PyTorch sees no CUDA device and the store has no record of one; "
+                "hardware=npu_4k estimates"
+            )
     if device_type(config) == "cuda" and not torch.cuda.is_available():
         raise PreflightError("device=cuda is not possible: PyTorch sees no CUDA device here; device=cpu runs anywhere")
     if config.quantizer.solver is Solver.lloyd and importlib.util.find_spec("flash1dkmeans") is None:

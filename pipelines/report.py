@@ -44,6 +44,7 @@ from pmpd.report import (
 )
 from pmpd.report.npu import write_npu_report
 from pmpd.stages import read_summary
+from pmpd.stages.evaluate import RESULTS_FILE
 
 log = logging.getLogger("pmpd.report")
 
@@ -98,7 +99,7 @@ def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
     for cell in cells:
         results = []
         for node in (cell.evaluation, cell.gain):
-            results += [r | {"key": node.key} for r in read_json(_verified(store, node) / "results.json")]
+            results += [r | {"key": node.key} for r in read_json(_verified(store, node) / RESULTS_FILE)]
         results += _latency_rows(cell, store) + _linear_rows(cell, store)
         records.append(
             CellRecord(
@@ -263,7 +264,7 @@ def _curve(store: Store, node: Node | None, name: str) -> list[dict[str, Any]]:
 
 def _read_rows(store: Store, node: Node) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A timing artifact: what was timed and where, and its rows."""
-    timing = read_json(_verified(store, node) / "results.json")
+    timing = read_json(_verified(store, node) / RESULTS_FILE)
     return timing, timing.pop("rows")
 
 

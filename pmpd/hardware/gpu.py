@@ -16,21 +16,21 @@ FLUSH_L2_COPIES = 4
 
 
 def machine(device: str) -> str:
-    """What times depend on, in words: the GPU and its driver, or the processor and its threads.
+    """What times depend on, in words: the GPU and its driver, or the processor and its threads, and PyTorch.
 
     Raises:
         ValueError: ``cuda`` where there is none.
     """
     if device == "cpu":
-        return f"{_processor()}, {torch.get_num_threads()} threads"
+        return f"{_processor()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
     if not torch.cuda.is_available():
         raise ValueError("device=cuda: PyTorch sees no CUDA device here")
-    return f"{torch.cuda.get_device_name()}, driver {_smi('driver_version')}"
+    return f"{torch.cuda.get_device_name()}, driver {_driver()}, PyTorch {torch.__version__}"
 
 
 def conditions(device: str) -> dict[str, Any]:
     """What a record of times says about how they came about."""
-    found: dict[str, Any] = {"machine": machine(device), "torch": torch.__version__}
+    found: dict[str, Any] = {"machine": machine(device)}
     if device != "cpu":
         found |= {
             "cuda": torch.version.cuda,
@@ -87,9 +87,15 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@cache
+def _driver() -> str:
+    return _smi("driver_version")
+
+
 def _smi(field: str) -> str:
-    """One field of ``nvidia-smi``, ``unknown`` where that is not installed."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+    """One field of ``nvidia-smi`` for PyTorch's current GPU, ``unknown`` where that is not installed."""
+    uuid = torch.cuda.get_device_properties().uuid  # its own count of GPUs knows nothing of CUDA_VISIBLE_DEVICES
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -34,7 +34,7 @@ class LatencyConfig:
     """Decode steps of one sequence.
 
     Attributes:
-        contexts: tokens in the cache at the first step timed; those that the model has no room for are left out.
+        contexts: tokens in the cache in the middle of the steps timed; those without room in the model are left out.
         random: configuration values of a Llama-family model with random weights, timed instead of the inputs.
         machine: see :func:`pmpd.hardware.machine`; what a record is of.
     """
@@ -62,12 +62,16 @@ def run_latency(config: LatencyConfig, inputs: Mapping[str, Path], out: Path) ->
         loaded = load(inputs["model"], inputs["nested"], dataclasses.replace(runtime, device="cpu"))
         model, cell, engine = fastest(*loaded, runtime.device)
         limit, weights = context_length(inputs["model"], runtime.trust_remote_code), "the model's weights"
-    contexts = [c for c in config.contexts if c + config.num_tokens < limit] or [limit - config.num_tokens - 1]
+    before = config.num_tokens // 2
+    longest = limit - config.num_tokens - 1
+    contexts = [c for c in config.contexts if before < c <= longest] or [longest]
+    if longest <= before:
+        raise ValueError(f"budget.timing_tokens={config.num_tokens} leaves no room in the model's context of {limit}")
     generator = torch.Generator().manual_seed(0)  # times do not depend on what the tokens are
     vocab_size = int(model.config.get_text_config().vocab_size)
     rows = []
     for context in progress(contexts, "latency"):
-        prompt = torch.randint(vocab_size, (context,), generator=generator).tolist()
+        prompt = torch.randint(vocab_size, (context - before,), generator=generator).tolist()
         for bits in config.bits:
 
             def steps(bits: int = bits, prompt: list[int] = prompt) -> Iterator[Step]:
@@ -106,6 +110,7 @@ class LinearsConfig:
 
     shapes: list[list[int]] | None
     bits: list[int]
+    group_size: int | None
     forwards: int
     dtype: str
     machine: str
@@ -118,7 +123,7 @@ def run_linears(config: LinearsConfig, inputs: Mapping[str, Path], out: Path) ->
     shapes = config.shapes or [list(pair) for pair in sorted(set(architecture(inputs["model"]).linear_shapes))]
     for out_features, in_features in progress(shapes, "linear layers"):
         x = torch.randn(1, in_features, dtype=dtype, device="cuda")
-        for bits, forward in _products(x, out_features, config.bits).items():
+        for bits, forward in _products(x, out_features, config.bits, config.group_size).items():
             rows.append(
                 {
                     "out_features": out_features,
@@ -134,7 +139,9 @@ def run_linears(config: LinearsConfig, inputs: Mapping[str, Path], out: Path) ->
     write_summary(out, found, tables={"linears": rows})
 
 
-def _products(x: torch.Tensor, out_features: int, bits: list[int]) -> dict[int, Callable[[], torch.Tensor]]:
+def _products(
+    x: torch.Tensor, out_features: int, bits: list[int], group_size: int | None
+) -> dict[int, Callable[[], torch.Tensor]]:
     """The product of ``x`` with random weights, by precision; 16 is the ordinary linear layer."""
     from pmpd.kernels import cuda
 
@@ -142,8 +149,9 @@ def _products(x: torch.Tensor, out_features: int, bits: list[int]) -> dict[int, 
     nested = [b for b in bits if b != FP16_BITS]
     shape = (max(nested), out_features, -(-in_features // 32))
     planes = torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int32, device=x.device)
-    tables = {b: torch.randn(out_features, 1, 1 << b, dtype=torch.float16, device=x.device) for b in nested}
-    weight = cuda.prepare(planes, tables, in_features, None, x.dtype)
+    groups = -(-in_features // (group_size or in_features))
+    tables = {b: torch.randn(out_features, groups, 1 << b, dtype=torch.float16, device=x.device) for b in nested}
+    weight = cuda.prepare(planes, tables, in_features, group_size, x.dtype)
     plain = torch.randn(out_features, in_features, dtype=x.dtype, device=x.device)
     products: dict[int, Callable[[], torch.Tensor]] = {FP16_BITS: lambda: functional.linear(x, plain)}
     return products | {b: lambda b=b: cuda.matmul(x, weight, b) for b in nested}  # type: ignore[misc]

@@ -29,7 +29,7 @@ def test_random_weights_are_timed_from_a_configuration_and_named(tmp_path: Path)
     timing = read_json(tmp_path / RESULTS_FILE)
     assert timing["weights"] == "random weights"
     assert "dequantised weights: bits save no time" in timing["engine"]
-    assert timing["machine"].endswith(f"{torch.get_num_threads()} threads")
+    assert f"{torch.get_num_threads()} threads" in timing["machine"]
     assert [(r["context_tokens"], r["bits"]) for r in timing["rows"]] == [
         (context, bits) for context in (8, 32) for bits in (16, 4, 2)
     ]
