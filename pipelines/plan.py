@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pipelines.sources import device_type, encoder_input, model_input, task_input, text_input
+from pipelines.machines import Measured, Measures, check_hardware, measures
+from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Input, Node, Store
 from pmpd.config import (
     Config,
@@ -29,7 +30,7 @@ from pmpd.stages import inputs as inputs_
 from pmpd.stages.calibration import MOMENTS, SENSITIVITY, MomentsConfig, SensitivityConfig
 from pmpd.stages.evaluate import EVALUATE, EvaluateConfig
 from pmpd.stages.fit_static import FIT_STATIC, FitStaticConfig
-from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
+from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS, model_input
 from pmpd.stages.learned import (
     DECIDE,
     FEATURES,
@@ -38,13 +39,15 @@ from pmpd.stages.learned import (
     FeaturesConfig,
     TrainLearnedConfig,
 )
-from pmpd.stages.measure import ESTIMATE, LATENCY, EstimateConfig, LatencyConfig
 from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT, QuantizeConfig, QuantizeJointConfig
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
 
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
+
+
+UNIFORM = (SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Cell:
     """The recipes of one cell.
 
     Attributes:
-        targets: what the cell is for: evaluations by scheduler, estimates, the timing, the search.
+        gain: what the schedule gains on the cell's hardware.
+        linears: times of the linear layers alone, on a GPU.
     """
 
     config: Config
@@ -76,20 +80,31 @@ class Cell:
     prefill_bits: int
     search: Node
     evaluation: Node
-    estimate: Node
+    gain: Node
     latency: Node
+    linears: Node | None
     fit: Node | None
     training: Node | None
 
     @property
     def targets(self) -> list[Node]:
         """In the order in which they are built: cheap checks of the inputs first."""
-        wanted = [self.search, self.evaluation, self.estimate, self.latency]
+        wanted = [self.search, self.evaluation, self.latency, *([self.linears] if self.linears else []), self.gain]
         nodes = {n.key: n for target in wanted for n in target.ancestors()}
         first = [
             n for n in nodes.values() if n.stage in (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)
         ]
         return [*first, *wanted]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a cell's schedules come about: one that is given, or inputs of the evaluation that say."""
+
+    schedule: Schedule | None = None
+    inputs: dict[str, Input] = dataclasses.field(default_factory=dict)
+    fit: Node | None = None
+    training: Node | None = None
 
 
 class MissingSearchError(ConfigError):
@@ -103,16 +118,24 @@ class Planner:
         ConfigError, DataError, ModelError: an input that is not there.
     """
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: Store, *, reading: bool = False) -> None:
+        """
+        Args:
+            reading: nothing will be built, so times that another machine recorded will do.
+        """
         self.config = config
         self.store = store
+        self.reading = reading
+        check_hardware(config.hardware)  # refused here, before anything runs
         self.max_new_tokens = max_new_tokens(config)
         self.source = resolve(config.model.path, config.model.revision)
         self.digests = store.root / "digests.json"
         self.model = model_input(self.source, self.digests)
         self.encoder: dict[str, Input] = {}
+        self.encoder_name = ""
         if Metric.bertscore in config.task.metrics:
-            self.encoder["encoder"] = encoder_input(config.budget.bertscore_encoder, self.digests)
+            self.encoder_name = config.budget.bertscore_encoder
+            self.encoder["encoder"] = encoder_input(self.encoder_name, self.digests)
         budget, quantizer, trust = config.budget, config.quantizer, config.model.trust_remote_code
         self.texts_data = text_input(config, self.digests)
         calibration = TEXTS.node(
@@ -142,9 +165,7 @@ class Planner:
     def _nested(self, calibration: Node) -> Node:
         """The quantised model, and what its quantiser weights errors by."""
         quantizer, trust = self.config.quantizer, self.config.model.trust_remote_code
-        # The gradients of float16 weights underflow.
-        dtype = "bfloat16" if self.runtime.dtype == "float16" else self.runtime.dtype
-        differentiable = dataclasses.replace(self.runtime, dtype=dtype)
+        differentiable = self.runtime.differentiable()
         common = (quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size)
         match quantizer.kind:
             case QuantizerKind.anyprec:
@@ -199,114 +220,108 @@ class Planner:
         return Precisions((high, *model.middle_bits, low), source)
 
     def cell(self, scheduler: SchedulerKind | None = None) -> Cell:
-        """The recipes of this cell, or of the same cell under another, uniform scheduler."""
+        """The recipes of this cell, or of the same cell under another, uniform scheduler, which share rollouts."""
         config, budget, task = self.config, self.config.budget, self.config.task
-        kind = scheduler or config.scheduler.kind
+        if scheduler is not None and scheduler is not config.scheduler.kind:
+            config = replace_scheduler(config, scheduler)
+        kind = config.scheduler.kind
         precisions = self.precisions()
-        own = kind is config.scheduler.kind
-        prefill = config.scheduler.prefill_bits if config.scheduler.prefill_bits is not None else precisions.high
-        pmpd = (
-            class_schedules(prefill, precisions.levels, self.max_new_tokens)
-            if config.scheduler.kind is SchedulerKind.learned
-            else schedule_family(prefill, precisions.levels, grid(config))
-        )
-        uniform = {
-            SchedulerKind.fp16: Schedule.uniform(FP16_BITS),
-            SchedulerKind.high: Schedule.uniform(precisions.high),
-            SchedulerKind.low: Schedule.uniform(precisions.low),
-        }
-        metrics = [m.value for m in task.metrics]
+        candidates = self._candidates(precisions)
         prompts = self._prompts(task.test_split, budget.test_samples)
-        rollouts = self._rollouts(prompts, pmpd, precisions, self.max_new_tokens)
+        rollouts = self._rollouts(prompts, candidates, precisions, self.max_new_tokens)
         if kind is SchedulerKind.low:
-            rollouts["rollouts_low"] = self._rollout(prompts, [uniform[kind]], self.max_new_tokens)
-        fit = training = decisions = None
-        schedule = uniform[kind].name if kind in uniform else None
-        if own and kind is SchedulerKind.static and config.scheduler.switch_step is not None:
-            schedule = Schedule(prefill, precisions.levels, (config.scheduler.switch_step,)).name
-        elif own and kind is SchedulerKind.static:
-            assert task.validation_split is not None
-            validation = self._prompts(task.validation_split, budget.validation_samples)
-            fit = FIT_STATIC.node(
-                FitStaticConfig(
-                    schedules=[s.name for s in pmpd],
-                    max_new_tokens=self.max_new_tokens,
-                    high=Schedule.uniform(precisions.high).name,
-                    metric=metrics[0],
-                    tolerance=config.scheduler.tolerance,
-                    encoder=budget.bertscore_encoder if Metric.bertscore in task.metrics else "",
-                    device=self.runtime.device,
-                    resamples=budget.bootstrap_resamples,
-                    seed=config.seed,
-                ),
-                prompts=validation,
-                **self.encoder,
-                **self._rollouts(validation, pmpd, precisions, self.max_new_tokens),
-            )
-        elif own and kind is SchedulerKind.learned:
-            training, decisions = self._learned(precisions, prefill, prompts, rollouts["rollouts"])
-        choice: dict[str, Input] = {}
-        if fit is not None:
-            choice["choice"] = fit
-        if decisions is not None:
-            choice["decisions"] = decisions
+            rollouts["rollouts_low"] = self._rollout(prompts, [_uniform(kind, precisions)], self.max_new_tokens)
+        choice = self._choice(config, precisions, candidates, prompts, rollouts["rollouts"])
         evaluation = EVALUATE.node(
             EvaluateConfig(
                 scheduler=kind.value,
-                schedule=schedule,
+                schedule=choice.schedule.name if choice.schedule else None,
                 high=Schedule.uniform(precisions.high).name,
-                curve=[s.name for s in pmpd] if kind in (SchedulerKind.static, SchedulerKind.learned) else [],
-                metrics=metrics,
+                curve=[s.name for s in candidates] if kind in (SchedulerKind.static, SchedulerKind.learned) else [],
+                metrics=[m.value for m in task.metrics],
                 max_new_tokens=self.max_new_tokens,
-                encoder=budget.bertscore_encoder if Metric.bertscore in task.metrics else "",
+                encoder=self.encoder_name,
                 device=self.runtime.device,
                 resamples=budget.bootstrap_resamples,
                 seed=config.seed,
             ),
             prompts=prompts,
             **rollouts,
-            **choice,
+            **choice.inputs,
             **self.encoder,
         )
-        estimate = ESTIMATE.node(
-            EstimateConfig(
-                npu=dataclasses.asdict(config.hardware),
-                parent_bits=config.quantizer.parent_bits,
-                trust_remote_code=config.model.trust_remote_code,
-                resamples=budget.bootstrap_resamples,
-                seed=config.seed,
-            ),
-            evaluation=evaluation,
-            model=self.model,
-        )
-        latency = LATENCY.node(
-            LatencyConfig(
-                bits=sorted({FP16_BITS, *precisions.levels}, reverse=True),
-                num_tokens=budget.timing_tokens,
-                context_tokens=budget.timing_context_tokens,
-                runtime=self.runtime,
-            ),
-            model=self.model,
-            nested=self.nested,
-            texts=self.perplexity_texts,
-        )
+        gains = self._measures(evaluation, precisions)
         return Cell(
-            config if own else replace_scheduler(config, kind),
-            precisions,
-            {SchedulerKind.fp16: FP16_BITS, SchedulerKind.high: precisions.high, SchedulerKind.low: precisions.low}.get(
-                kind, prefill
-            ),
-            self.search,
-            evaluation,
-            estimate,
-            latency,
-            fit,
-            training,
+            config=config,
+            precisions=precisions,
+            prefill_bits=_uniform(kind, precisions).prefill_bits if kind in UNIFORM else self._prefill_bits(precisions),
+            search=self.search,
+            evaluation=evaluation,
+            gain=gains.gain,
+            latency=gains.latency,
+            linears=gains.linears,
+            fit=choice.fit,
+            training=choice.training,
         )
 
-    def _learned(self, precisions: Precisions, prefill: int, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
+    def _prefill_bits(self, precisions: Precisions) -> int:
+        given = self.config.scheduler.prefill_bits
+        return precisions.high if given is None else given
+
+    def _candidates(self, precisions: Precisions) -> list[Schedule]:
+        """The schedules that this cell's scheduler chooses among; the baselines' cells roll out the same."""
+        prefill = self._prefill_bits(precisions)
+        if self.config.scheduler.kind is SchedulerKind.learned:
+            return class_schedules(prefill, precisions.levels, self.max_new_tokens)
+        return schedule_family(prefill, precisions.levels, grid(self.config))
+
+    def _choice(
+        self, config: Config, precisions: Precisions, candidates: list[Schedule], prompts: Node, rollouts: Input
+    ) -> Choice:
+        kind, step = config.scheduler.kind, config.scheduler.switch_step
+        if kind in UNIFORM:
+            return Choice(_uniform(kind, precisions))
+        if kind is SchedulerKind.static and step is not None:
+            return Choice(Schedule(self._prefill_bits(precisions), precisions.levels, (step,)))
+        if kind is SchedulerKind.static:
+            fit = self._fit(precisions, candidates)
+            return Choice(inputs={"choice": fit}, fit=fit)
+        training, decisions = self._learned(precisions, prompts, rollouts)
+        return Choice(inputs={"decisions": decisions}, training=training)
+
+    def _fit(self, precisions: Precisions, candidates: list[Schedule]) -> Node:
+        config, task = self.config, self.config.task
+        assert task.validation_split is not None
+        validation = self._prompts(task.validation_split, config.budget.validation_samples)
+        return FIT_STATIC.node(
+            FitStaticConfig(
+                schedules=[s.name for s in candidates],
+                max_new_tokens=self.max_new_tokens,
+                high=Schedule.uniform(precisions.high).name,
+                metric=task.metrics[0].value,
+                tolerance=config.scheduler.tolerance,
+                encoder=self.encoder_name,
+                device=self.runtime.device,
+                resamples=config.budget.bootstrap_resamples,
+                seed=config.seed,
+            ),
+            prompts=validation,
+            **self.encoder,
+            **self._rollouts(validation, candidates, precisions, self.max_new_tokens),
+        )
+
+    def _measures(self, evaluation: Node, precisions: Precisions) -> Measures:
+        return measures(
+            self.config,
+            self.store,
+            Measured(self.model, self.nested, evaluation, precisions.levels, self.runtime),
+            reading=self.reading,
+        )
+
+    def _learned(self, precisions: Precisions, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
+        """Training, and its decisions on the task's prompts."""
         config, budget = self.config, self.config.budget
-        scheduler = config.scheduler
+        scheduler, prefill = config.scheduler, self._prefill_bits(precisions)
         seeds = SEEDS.node(
             inputs_.SeedsConfig(
                 budget.seed_prompts,
@@ -401,6 +416,11 @@ class Planner:
             model=self.model,
             data=task_input(config, split, self.digests),
         )
+
+
+def _uniform(kind: SchedulerKind, precisions: Precisions) -> Schedule:
+    bits = {SchedulerKind.fp16: FP16_BITS, SchedulerKind.high: precisions.high, SchedulerKind.low: precisions.low}
+    return Schedule.uniform(bits[kind])
 
 
 def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:

@@ -11,11 +11,13 @@ from functools import partial
 import torch
 
 from pipelines.plan import Cell, MissingSearchError, Planner
-from pipelines.sources import device_type, encoder_input, model_input, task_input, text_input
+from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Node, Store
-from pmpd.config import Config, ConfigError, Metric, SchedulerKind, Solver
+from pmpd.config import Config, ConfigError, GpuConfig, Metric, SchedulerKind, Solver
 from pmpd.models import resolve
 from pmpd.stages import STAGES
+from pmpd.stages.inputs import model_input
+from pmpd.stages.timing import LATENCY
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def check_sources(config: Config, store: Store) -> None:
         assert config.task.validation_split is not None
         splits.append(config.task.validation_split)
     checks: list[Callable[[], object]] = [
-        partial(_check_machine, config),
+        partial(_check_machine, config, store),
         lambda: model_input(resolve(config.model.path, config.model.revision), digests),
         partial(text_input, config, digests),
         *(partial(task_input, config, split, digests) for split in splits),
@@ -58,7 +60,21 @@ def check_sources(config: Config, store: Store) -> None:
         raise PreflightError(f"{len(problems)} things are missing\n  - " + "\n  - ".join(problems))
 
 
-def _check_machine(config: Config) -> None:
+def _check_machine(config: Config, store: Store) -> None:
+    if isinstance(config.hardware, GpuConfig):
+        if torch.cuda.is_available():
+            from pmpd.kernels.cuda import MIN_CAPABILITY
+
+            if (capability := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
+                raise PreflightError(
+                    f"hardware=gpu is not possible: the kernels need compute capability {MIN_CAPABILITY}, this GPU has "
+                    f"{capability}; hardware=npu_4k estimates"
+                )
+        elif not any(found["runtime"]["device"] == "cuda" for found in store.configs(LATENCY.name)):
+            raise PreflightError(
+                "hardware=gpu is not possible: PyTorch sees no CUDA device and the store has no record of one; "
+                "hardware=npu_4k estimates"
+            )
     if device_type(config) == "cuda" and not torch.cuda.is_available():
         raise PreflightError("device=cuda is not possible: PyTorch sees no CUDA device here; device=cpu runs anywhere")
     if config.quantizer.solver is Solver.lloyd and importlib.util.find_spec("flash1dkmeans") is None:
@@ -80,7 +96,9 @@ def check_disk(planner: Planner) -> None:
         log.info("the size of %s is known after its download, so disk space is not checked", planner.source.path)
         return
     parameters = sum(f.stat().st_size / BYTES_PER_WEIGHT[f.suffix] for f in weights)
-    bytes_each = {"weights": 2.0, "sensitivity": 2.0, "quantize": 1.25 * planner.config.quantizer.parent_bits / 8}
+    nested = 1.25 * planner.config.quantizer.parent_bits / 8
+    # Second moments are in x in float32 a layer: about 5 bytes a weight where layers are near square.
+    bytes_each = {"weights": 2.0, "sensitivity": 2.0, "moments": 5.0, "quantize": nested, "quantize_joint": nested}
     needed_gib = parameters * sum(v for stage, v in bytes_each.items() if stage in todo) / 2**30 + 0.1
     free_gib = shutil.disk_usage(store.root).free / 2**30
     if needed_gib > free_gib:

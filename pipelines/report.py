@@ -2,6 +2,7 @@
 
     python pipelines/report.py experiment=quickstart
     python pipelines/report.py task=dialogsum,iwslt scheduler=high,static data.root=DIR
+    python pipelines/report.py experiment=npu              # the NPU model alone: needs no store
 
 A cell that is missing is named with the command that fills it.
 """
@@ -25,16 +26,29 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pipelines.gpu import gpu_cell, write_gpu_report
+from pipelines.machines import npu_of
 from pipelines.plan import Cell, Planner
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, read_json
-from pmpd.config import Config, from_omegaconf, max_new_tokens
+from pmpd.config import Config, ReportKind, from_omegaconf, max_new_tokens
 from pmpd.records import Schedule
-from pmpd.report import CellRecord, draw_perplexity, draw_quality, draw_switch_steps, summary_table, tidy
+from pmpd.report import (
+    CellRecord,
+    draw_perplexity,
+    draw_quality,
+    draw_switch_steps,
+    linears_table,
+    summary_table,
+    tidy,
+)
+from pmpd.report.npu import write_npu_report
 from pmpd.stages import read_summary
+from pmpd.stages.evaluate import RESULTS_FILE
 
 log = logging.getLogger("pmpd.report")
 
+LINEARS_CAPTION = "random weights, by the profiler's self CUDA time as in the paper"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPER = Path("outputs/paper")
 
@@ -62,23 +76,17 @@ def grid_of(overrides: Sequence[str]) -> list[list[str]]:
     return [[*plain, *choice] for choice in itertools.product(*axes)]
 
 
-def collect(cells: Sequence[Sequence[str]]) -> tuple[list[CellRecord], list[Missing], Config]:
-    """Compose every cell, compute its keys, and read what is there."""
+def collect(cells: Sequence[Sequence[str]], configs: Sequence[Config]) -> tuple[list[CellRecord], list[Missing]]:
+    """Compute the keys of every cell and read what is there."""
     records: list[CellRecord] = []
     missing: list[Missing] = []
-    config: Config | None = None
-    for overrides in cells:
-        config = from_omegaconf(compose("config", overrides=list(overrides)))
+    for overrides, config in zip(cells, configs, strict=True):
         store = Store(Path(config.store))
-        command = "python pipelines/run.py " + shlex.join(o for o in overrides)
-        if any(o.startswith("experiment=") for o in overrides):
-            command += " hydra.mode=RUN"
         try:
-            records += cell_records([Planner(config, store).cell()], store)
+            records += cell_records([Planner(config, store, reading=True).cell()], store)
         except (ValueError, FileNotFoundError, StoreError) as error:
-            missing.append(Missing(command, str(error)))
-    assert config is not None
-    return records, missing, config
+            missing.append(Missing(_command(overrides), str(error)))
+    return records, missing
 
 
 def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
@@ -90,9 +98,9 @@ def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
     records = []
     for cell in cells:
         results = []
-        for node in (cell.evaluation, cell.estimate):
-            results += [r | {"key": node.key} for r in read_json(_verified(store, node) / "results.json")]
-        results += _latency_rows(cell, store)
+        for node in (cell.evaluation, cell.gain):
+            results += [r | {"key": node.key} for r in read_json(_verified(store, node) / RESULTS_FILE)]
+        results += _latency_rows(cell, store) + _linear_rows(cell, store)
         records.append(
             CellRecord(
                 model=model_name(cell.config),
@@ -105,6 +113,7 @@ def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
                 switch_curve=_curve(store, cell.evaluation, "switch_step"),
                 fit_curve=_curve(store, cell.fit, "switch_step"),
                 perplexity_curve=_curve(store, cell.search, "perplexity"),
+                linears=_read_rows(store, cell.linears)[1] if cell.linears else [],
                 tolerance=cell.config.budget.search_tolerance,
                 note=_note(cell, store),
             )
@@ -144,7 +153,10 @@ def write_report(records: Sequence[CellRecord], out: Path) -> str:
         group.append(record)
     texts, figures = [], []
     for (model, task), group in groups.items():
-        texts.append(f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}")
+        text = f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}"
+        if group[0].linears:
+            text += f"\n\nLinear layers, one input, {LINEARS_CAPTION}:\n\n{linears_table(group[0].linears)}"
+        texts.append(text)
         stem = f"{model}_{task}"
         draw_quality(group, out / f"quality_{stem}.png")
         figures.append(out / f"quality_{stem}.png")
@@ -173,18 +185,54 @@ class SweepReport(Callback):
 
 
 def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
-    """Collect the grid behind ``overrides`` and write its report; missing cells are named and returned.
+    """Write the report of the grid behind ``overrides``; missing cells are named and returned.
 
-    ``out`` is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
+    ``report`` in the configuration says what kind: of cells from the store, or of the grid's machines alone. ``out``
+    is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
     """
     GlobalHydra.instance().clear()
     register()
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="report"):
-        records, missing, config = collect(grid_of(overrides))
+        cells = grid_of(overrides)
+        configs = [from_omegaconf(compose("config", overrides=cell)) for cell in cells]
+    out = out or PAPER / configs[0].run_name
+    if configs[0].report is ReportKind.npu:
+        write_npu_report([npu_of(config.hardware) for config in configs], out)
+        return []
+    if configs[0].report is ReportKind.gpu:
+        return _report_gpu(cells, configs, out)
+    records, missing = collect(cells, configs)
     if records:
-        write_report(records, out or PAPER / config.run_name)
+        write_report(records, out)
+    _say_missing(missing)
+    return missing
+
+
+def _say_missing(missing: Sequence[Missing]) -> None:
     for cell in missing:
         log.warning("missing: %s\n  fill it with: %s", cell.reason, cell.command)
+
+
+def _command(overrides: Sequence[str]) -> str:
+    """What fills the cell of ``overrides``; an experiment would sweep without being told not to."""
+    alone = " hydra.mode=RUN" if any(o.startswith("experiment=") for o in overrides) else ""
+    return "python pipelines/run.py " + shlex.join(overrides) + alone
+
+
+def _report_gpu(cells: Sequence[Sequence[str]], configs: Sequence[Config], out: Path) -> list[Missing]:
+    found, missing = [], []
+    store = Store(Path(configs[0].store))
+    for overrides, config in zip(cells, configs, strict=True):
+        try:
+            cell = gpu_cell(config, store, reading=True)
+            for node in cell.targets:
+                _verified(store, node)
+            found.append(cell)
+        except (ValueError, FileNotFoundError, StoreError) as error:
+            missing.append(Missing(_command(overrides), str(error)))
+    if found:
+        log.info("\n%s\nwritten to %s: results.csv, table.md", write_gpu_report(found, store, out), out)
+    _say_missing(missing)
     return missing
 
 
@@ -214,19 +262,45 @@ def _curve(store: Store, node: Node | None, name: str) -> list[dict[str, Any]]:
     return read_summary(_verified(store, node))["curves"].get(name, []) if node is not None else []
 
 
+def _read_rows(store: Store, node: Node) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A timing artifact: what was timed and where, and its rows."""
+    timing = read_json(_verified(store, node) / RESULTS_FILE)
+    return timing, timing.pop("rows")
+
+
 def _latency_rows(cell: Cell, store: Store) -> list[dict[str, Any]]:
-    timing = read_json(_verified(store, cell.latency) / "results.json")
+    timing, rows = _read_rows(store, cell.latency)
+    where = f"on {timing['machine']}; {timing['engine']}; {timing['weights']}"
     return [
         {
             "quantity": f"latency_{row['bits']}_bits",
-            "unit": f"ms a decode step, median and 10 % and 90 % quantiles, on {timing['device']}; {timing['weights']}",
+            "unit": f"ms a decode step at {row['context_tokens']} tokens, median and 10 % and 90 % quantiles, {where}",
             "value": row["median_ms"],
             "ci_low": row["p10_ms"],
             "ci_high": row["p90_ms"],
             "n": row["num_steps"],
             "key": cell.latency.key,
         }
-        for row in timing["rows"]
+        for row in rows
+    ]
+
+
+def _linear_rows(cell: Cell, store: Store) -> list[dict[str, Any]]:
+    if cell.linears is None:
+        return []
+    timing, rows = _read_rows(store, cell.linears)
+    return [
+        {
+            "quantity": f"linear_{row['out_features']}x{row['in_features']}_{row['bits']}_bits_{cache}",
+            "unit": f"us of self CUDA time a forward, mean, {label}, on {timing['machine']}; {timing['weights']}",
+            "value": row[f"{cache}_us"],
+            "ci_low": None,
+            "ci_high": None,
+            "n": row["forwards"],
+            "key": cell.linears.key,
+        }
+        for row in rows
+        for cache, label in (("hot", "weights hot in the L2 cache"), ("flushed", "L2 cache flushed"))
     ]
 
 
@@ -252,18 +326,18 @@ def _note(cell: Cell, store: Store) -> str:
 
 def _caption(group: Sequence[CellRecord]) -> str:
     high, low = group[0].levels[0], group[0].levels[-1]
-    npu = group[0].find("npu_decode_throughput")
+    gain = next((r for kind in ("npu", "gpu") if (r := group[0].find(f"{kind}_decode_throughput"))), None)
     timings = [r for r in group[0].results if r["quantity"].startswith("latency_")]
     lines = [
         f"high is uniform {high} bits, low uniform {low}, both prefill included. agreement: ROUGE-L with the model's "
         "own fp16 output. Intervals: 95 % bootstrap over samples; differences are paired.",
     ]
     lines += [f"{r.scheduler}: {r.note}." for r in group if r.note]
-    if npu:
-        lines.append(f"NPU: {npu['unit']}.")
-    if timings:
-        steps = ", ".join(f"{r['quantity'].split('_')[1]} bits {r['value']:.1f}" for r in timings)
-        lines.append(f"Measured, {timings[0]['unit']}: {steps}.")
+    if gain:
+        lines.append(f"Gain: {gain['unit']}.")
+    for unit in dict.fromkeys(r["unit"] for r in timings):
+        steps = ", ".join(f"{r['quantity'].split('_')[1]} bits {r['value']:.3g}" for r in timings if r["unit"] == unit)
+        lines.append(f"Measured, {unit}: {steps}.")
     return "\n".join(lines)
 
 

@@ -29,12 +29,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
+from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.plan import BASELINES, Cell, Planner
 from pipelines.preflight import cells_of, check_disk, check_sources, describe
 from pipelines.report import cell_records, write_report
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, disk_is_full
-from pmpd.config import Config, from_omegaconf
+from pmpd.config import Config, ConfigError, ReportKind, from_omegaconf
 from pmpd.stages import SUMMARY, execute, read_summary
 from pmpd.tracking import Tracker, open_tracker
 
@@ -49,9 +50,16 @@ def run_cell(config: Config, out: Path, job: str) -> None:
     Raises:
         ValueError, StoreError: anything that a user can mend; nothing that was finished is lost.
     """
+    if config.report is ReportKind.npu:
+        raise ConfigError(
+            f"report={config.report.value}: no cell to run; give the same choices to python pipelines/report.py"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     store = Store(Path(config.store))
+    if config.report is ReportKind.gpu:
+        _time_gpu(config, store, out, job)
+        return
     check_sources(config, store)
     planner = Planner(config, store)
     check_disk(planner)
@@ -64,16 +72,7 @@ def run_cell(config: Config, out: Path, job: str) -> None:
         config.scheduler.name,
         describe(planner, cells),
     )
-    tracker = open_tracker(
-        config.tracking.mode.value,
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-        dir=config.tracking.dir,
-        config=_plain(config),
-        group=config.run_name,
-        name=f"{config.model.name}-{config.task.name}-{config.scheduler.name}-{job}",
-        tags=[config.model.name, config.task.name, config.scheduler.name, config.budget.name],
-    )
+    tracker = _tracker(config, f"{config.model.name}-{config.task.name}-{config.scheduler.name}-{job}")
     try:
         builder = Builder(store, tracker)
         if not cells:
@@ -87,6 +86,32 @@ def run_cell(config: Config, out: Path, job: str) -> None:
         write_report(cell_records(cells, store), out)
     finally:
         tracker.finish()
+
+
+def _time_gpu(config: Config, store: Store, out: Path, job: str) -> None:
+    """Time a model's shapes on the GPU at hand, and write the table of that model below ``out``."""
+    cell = gpu_cell(config, store)
+    tracker = _tracker(config, f"{config.model.name}-gpu-{job}")
+    try:
+        builder = Builder(store, tracker)
+        for node in cell.targets:
+            builder.build(node)
+        log.info("\n%s", write_gpu_report([cell], store, out))
+    finally:
+        tracker.finish()
+
+
+def _tracker(config: Config, name: str) -> Tracker:
+    return open_tracker(
+        config.tracking.mode.value,
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        dir=config.tracking.dir,
+        config=_plain(config),
+        group=config.run_name,
+        name=name,
+        tags=[config.model.name, config.task.name, config.scheduler.name, config.budget.name],
+    )
 
 
 class Builder:

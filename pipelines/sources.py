@@ -1,4 +1,4 @@
-"""What a plan starts from, keyed by content: the model, the data files, BERTScore's encoder, the kind of device.
+"""What a plan starts from, keyed by content: the data files, BERTScore's encoder, the kind of device.
 
 Finds and keys them; reads no text and loads no weight.
 """
@@ -12,18 +12,9 @@ import torch
 from pmpd.artifacts import Input, Root, digest_files
 from pmpd.config import Config, ConfigError, Device
 from pmpd.metrics import encoder_folder
-from pmpd.models import ModelError, ModelSource, digest, folder, needs_conversion, resolve
-from pmpd.stages.inputs import DATA, WEIGHTS, DataConfig, WeightsConfig
+from pmpd.models import ModelError, digest, resolve
+from pmpd.stages.inputs import DATA, DataConfig
 from pmpd.tasks import hub_commit, locate
-
-
-def model_input(source: ModelSource, digests: Path) -> Input:
-    """The model's folder, or the stage that makes one of safetensors from a GGUF file or ``.bin`` weights."""
-    key = digest(source, digests)
-    if source.kind == "gguf":
-        return WEIGHTS.node(WeightsConfig(), source=Root(source.path, key, lambda: source.files[0]))
-    ready = Root(source.path, key, lambda: folder(source))
-    return WEIGHTS.node(WeightsConfig(), source=ready) if needs_conversion(source) else ready
 
 
 def text_input(config: Config, digests: Path) -> Input:

@@ -147,6 +147,11 @@ class Store:
             return "cached"
         return "resumes" if self.work(node).exists() else "to do"
 
+    def configs(self, stage: str) -> Iterator[dict[str, Any]]:
+        """The configuration of every finished artifact of ``stage``, in the order of their keys."""
+        for manifest in sorted((self.root / stage).glob(f"*/{MANIFEST}")):
+            yield dict(read_json(manifest)["config"])
+
     def verify(self, node: Node) -> Path:
         """The artifact's directory, its digests checked (once a process).
 

@@ -65,6 +65,12 @@ class Overlong(Enum):
     truncate = "truncate"
 
 
+class ReportKind(Enum):
+    cells = "cells"
+    gpu = "gpu"
+    npu = "npu"
+
+
 class TrackingMode(Enum):
     offline = "offline"
     online = "online"
@@ -155,7 +161,7 @@ class BudgetConfig:
     max_new_tokens: Optional[int] = None
     batch_size: int = 16
     timing_tokens: int = 32
-    timing_context_tokens: int = 512
+    timing_contexts: list[int] = field(default_factory=lambda: [512])
     bootstrap_resamples: int = 1000
     bertscore_encoder: str = MISSING
     text_dataset: str = "c4"
@@ -168,16 +174,42 @@ class BudgetConfig:
 
 @dataclass
 class HardwareConfig:
+    """What the gain is of: its subclasses are the kinds that there are."""
+
     name: str = MISSING
+
+
+@dataclass
+class GpuConfig(HardwareConfig):
+    linear_forwards: int = 100
+
+
+@dataclass
+class NpuConfig(HardwareConfig):
     num_macs: int = MISSING
     clock_hz: float = MISSING
     bandwidth_bytes_s: float = MISSING
     bandwidth_efficiency: float = 1.0
-    mac_utilisation_prefill: float = 1.0
-    mac_utilisation_decode: float = 1.0
+    kv_bandwidth_efficiency: Optional[float] = None
+    region_efficiency: float = 1.0
+    matrix_utilisation: float = 1.0
+    matrix_tile_tokens: int = 1
+    matrix_tile_outputs: int = 1
+    matrix_tile_inputs: int = 1
+    matrix_fill_cycles: int = 0
+    matrix_vector_utilisation: float = 1.0
+    matrix_vector_tile_outputs: int = 1
+    matrix_vector_tile_inputs: int = 1
+    vector_lanes: Optional[int] = None
+    activation_bits: int = 8
     kv_bits: int = 8
+    activation_buffer_bytes: Optional[int] = None
+    weight_buffer_bytes: Optional[int] = None
     count_head: bool = False
     head_bits: int = 16
+    count_tables: bool = False
+    table_entry_bits: int = 16
+    scale_bits: int = 0
     nested_layout: bool = True
 
 
@@ -199,6 +231,7 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    report: ReportKind = ReportKind.cells
     seed: int = 0
     device: Device = Device.auto
     threads: Optional[int] = None
@@ -252,7 +285,7 @@ def check(config: Config) -> None:
         ConfigError: the field, its value and what is allowed.
     """
     model, task, scheduler = config.model, config.task, config.scheduler
-    quantizer, budget, hardware = config.quantizer, config.budget, config.hardware
+    quantizer, budget = config.quantizer, config.budget
 
     def refuse(name: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{name}={value} is not possible: {allowed}")
@@ -331,15 +364,10 @@ def check(config: Config) -> None:
         "budget.seed_new_tokens": budget.seed_new_tokens,
         "budget.batch_size": budget.batch_size,
         "budget.timing_tokens": budget.timing_tokens,
-        "budget.timing_context_tokens": budget.timing_context_tokens,
+        "budget.timing_contexts": min(budget.timing_contexts, default=0),
         "budget.bootstrap_resamples": budget.bootstrap_resamples,
         "scheduler.epochs": scheduler.epochs,
         "scheduler.train_batch": scheduler.train_batch,
-        "hardware.num_macs": hardware.num_macs,
-        "hardware.clock_hz": hardware.clock_hz,
-        "hardware.bandwidth_bytes_s": hardware.bandwidth_bytes_s,
-        "hardware.kv_bits": hardware.kv_bits,
-        "hardware.head_bits": hardware.head_bits,
     }
     for name, value in positive.items():
         if value is not None and value <= 0:
@@ -359,13 +387,6 @@ def check(config: Config) -> None:
         refuse("scheduler.holdout", scheduler.holdout, "between 0 and 1, both excluded")
     if not 0 <= scheduler.dropout < 1:
         refuse("scheduler.dropout", scheduler.dropout, "0 to below 1")
-    for name, share in (
-        ("bandwidth_efficiency", hardware.bandwidth_efficiency),
-        ("mac_utilisation_prefill", hardware.mac_utilisation_prefill),
-        ("mac_utilisation_decode", hardware.mac_utilisation_decode),
-    ):
-        if not 0 < share <= 1:
-            refuse(f"hardware.{name}", share, "above 0, at most 1")
 
 
 def check_precisions(high_bits: int, low_bits: int, middle_bits: list[int]) -> None:

@@ -103,6 +103,18 @@ class BufferCache(Cache):
         """An independent cache with copies of ``rows`` (int64, all if None); only the columns in use are copied."""
         return BufferCache([layer.copy(rows) for layer in self.buffers])
 
+    def advance(self) -> None:
+        """Count in one more column, which someone else has written."""
+        for layer in self.buffers:
+            layer.length += 1
+
+    def move(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Go on in these buffers, ``[>= rows, kv_heads, >= capacity, head_dim]`` a block; what is in use is copied."""
+        for layer, *buffers in zip(self.buffers, keys, values, strict=True):
+            for buffer, used in zip(buffers, layer.used(), strict=True):
+                buffer[: layer.rows, :, : layer.length] = used
+            layer.keys, layer.values = buffers
+
     def keep(self, order: Tensor) -> None:
         """Let row i be what row ``order[i]`` was, in place; rows beyond ``len(order)`` are given up.
 

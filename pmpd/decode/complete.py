@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import nn
 
+from pmpd.decode.ahead import ahead
 from pmpd.decode.loop import State, decode, prefill
 from pmpd.decode.tree import decode_tree
 from pmpd.quant import PrecisionCell
@@ -63,14 +64,17 @@ def stream(
     max_new_tokens: int,
     eos_ids: Collection[int],
 ) -> Iterator[Step]:
-    """The steps of one prompt as they are taken; the first, with index 0, is prefill's token.
+    """The steps of one prompt as they are taken, tokens on the CPU; the first, with index 0, is prefill's token.
+
+    On a GPU end-of-sequence is looked at a few steps late, so that its queue never runs dry.
 
     Raises:
         ValueError: as :func:`pmpd.decode.loop.prefill`, when the first step is asked for.
     """
     state = prefill(model, cell, [prompt], scheduler.prefill_bits, max_new_tokens=max_new_tokens)
     policy = scheduler.begin(state.view(0))
-    yield from decode(model, cell, state, policy, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+    steps = decode(model, cell, state, policy, max_new_tokens=max_new_tokens, eos_ids=())
+    yield from ahead(steps, eos_ids)
 
 
 def _follow(

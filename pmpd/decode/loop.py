@@ -1,14 +1,15 @@
 """The decode loop: prefill a batch, then one forward a token, greedily, at the precision that a policy says.
 
 The only loop there is: evaluation, rollouts, streaming and timing consume :func:`decode`. Knows neither
-text nor which schedules are worth comparing.
+text nor which schedules are worth comparing, nor how a forward is computed: a model is called as ``transformers``
+models are, and one that is a :class:`StepModel` (graphs on a GPU) takes decode steps by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,20 @@ class State:
         return Prefill(
             keys[row, :, start:].clone(), values[row, :, start:].clone(), self.logits[row], self.max_new_tokens
         )
+
+
+@runtime_checkable
+class StepModel(Protocol):
+    """A model that has a faster way to take one decode step than its forward, for up to ``max_rows`` sequences."""
+
+    max_rows: int
+
+    def decode_step(self, state: State) -> tuple[Tensor, Tensor]:
+        """Read ``state.tokens`` at ``state.bits``, append their KV to ``state.cache``.
+
+        Returns:
+            ``[rows, vocab]`` logits and int64 ``[rows]``, the first of the largest in each row; both new tensors.
+        """
 
 
 def context_limit(model: nn.Module) -> int | None:
@@ -170,7 +185,8 @@ def decode(
     Starts with token 1 (step 0, from the logits of prefill) or goes on where ``state`` is. Rows leave the
     batch with their end-of-sequence token; the iterator ends when none is left or every row has
     ``max_new_tokens`` tokens, counted from prefill. At each yield ``state`` is whole: a consumer may stop there, fork
-    it or go on from it with another policy. Without ``eos_ids`` nothing on a GPU waits for a step.
+    it or go on from it with another policy. Without ``eos_ids`` nothing on a GPU waits for a step, unless the policy
+    looks at logits; :func:`pmpd.decode.ahead.ahead` ends such an iterator at the end-of-sequence token.
 
     Raises:
         ValueError: more tokens than the cache has room for, or a precision that the model does not have.
@@ -183,11 +199,9 @@ def decode(
     while state.step < max_new_tokens and len(state):
         if state.step:
             state.bits = policy.bits(state.step, state.logits)
-            positions = state.prompt_tokens + (state.step - 1)
-            state.logits = _forward(
-                model, cell, state.bits, state.tokens[:, None], positions[:, None], state.mask, state.cache
-            )
-        state.tokens = state.logits.argmax(-1)
+            state.logits, state.tokens = _step(model, cell, state)
+        else:
+            state.tokens = state.logits.argmax(-1)
         step = Step(state.step, state.tokens, state.bits, state.rows)
         state.step += 1
         if eos is not None:
@@ -195,6 +209,16 @@ def decode(
             if not going.all():
                 state.keep(going.nonzero()[:, 0])
         yield step
+
+
+def _step(model: nn.Module, cell: PrecisionCell | None, state: State) -> tuple[Tensor, Tensor]:
+    """Logits and tokens of decode step ``state.step`` at ``state.bits``."""
+    if isinstance(model, StepModel) and len(state) <= model.max_rows:
+        set_bits(cell, state.bits)
+        return model.decode_step(state)
+    positions = state.prompt_tokens + (state.step - 1)
+    logits = _forward(model, cell, state.bits, state.tokens[:, None], positions[:, None], state.mask, state.cache)
+    return logits, logits.argmax(-1)
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not be trained on, and weights dequantised in it either

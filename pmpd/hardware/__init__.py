@@ -1,6 +1,6 @@
-"""What a schedule costs: measured on this machine (``latency``), estimated for an NPU (``npu``)."""
+"""What a schedule costs: timed on this machine (``latency``, ``gpu``), estimated for an NPU (``npu``)."""
 
+from pmpd.hardware.gpu import conditions, machine, self_cuda_us
 from pmpd.hardware.latency import time_steps
-from pmpd.hardware.npu import NPU, decode_step_s, generation_time_s, prefill_s, tokens_per_s
 
-__all__ = ["NPU", "decode_step_s", "generation_time_s", "prefill_s", "time_steps", "tokens_per_s"]
+__all__ = ["conditions", "machine", "self_cuda_us", "time_steps"]

@@ -47,11 +47,12 @@ def block_index(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def attach(model: PreTrainedModel, shards: Path) -> PrecisionCell:
+def attach(model: PreTrainedModel, shards: Path, max_bits: int | None = None) -> PrecisionCell:
     """Replace the block linears by nested ones that share the cell returned; 16 bits is still the original model.
 
     Args:
         shards: a folder of :data:`SHARDS` with ``NestedWeight.to_tensors(<module path>)`` of every layer.
+        max_bits: leave what only precisions above it need; None for all.
 
     Raises:
         ModelError: the nested model is another model's.
@@ -69,7 +70,8 @@ def attach(model: PreTrainedModel, shards: Path) -> PrecisionCell:
                 raise ModelError(f"{file} has a layer {name} and the model has not: it was made from another model")
             own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
             try:
-                layer = NestedLinear(NestedWeight.from_tensors(own, name), linear, cell)
+                weight = NestedWeight.from_tensors(own, name)
+                layer = NestedLinear(weight if max_bits is None else weight.prefix(max_bits), linear, cell)
             except ValueError as error:
                 raise ModelError(f"{file}, layer {name}: {error}") from error
             parent, _, leaf = name.rpartition(".")

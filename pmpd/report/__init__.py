@@ -2,7 +2,7 @@
 
 from pmpd.report.figures import draw_perplexity, draw_quality, draw_switch_steps
 from pmpd.report.frame import COLUMNS, CellRecord, tidy
-from pmpd.report.table import markdown_table, summary_table
+from pmpd.report.table import linears_table, markdown_table, steps_table, summary_table
 
 __all__ = [
     "COLUMNS",
@@ -10,7 +10,9 @@ __all__ = [
     "draw_perplexity",
     "draw_quality",
     "draw_switch_steps",
+    "linears_table",
     "markdown_table",
+    "steps_table",
     "summary_table",
     "tidy",
 ]

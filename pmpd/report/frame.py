@@ -34,6 +34,7 @@ class CellRecord:
         switch_curve: rows of quality by candidate schedule on the test split.
         fit_curve: the same on the validation split, for a fitted static schedule.
         perplexity_curve: rows of bits and perplexity of the model.
+        linears: times of the linear layers alone, on a GPU.
         tolerance: of the search, relative to fp16's perplexity.
         note: how the schedule was chosen, in a phrase.
     """
@@ -48,6 +49,7 @@ class CellRecord:
     switch_curve: list[dict[str, Any]] = field(default_factory=list)
     fit_curve: list[dict[str, Any]] = field(default_factory=list)
     perplexity_curve: list[dict[str, Any]] = field(default_factory=list)
+    linears: list[dict[str, Any]] = field(default_factory=list)
     tolerance: float = 0.05
     note: str = ""
 

@@ -6,9 +6,51 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pmpd.records import FP16_BITS
 from pmpd.report.frame import CellRecord
 
 TITLES = {"rouge_l": "ROUGE-L", "bertscore": "BERTScore", "bleu": "BLEU", "sacrebleu": "SacreBLEU"}
+
+
+GAINS = (
+    ("NPU tokens/s", "npu_decode_throughput", 1, ""),
+    ("NPU speed-up", "npu_decode_speedup", 2, "x"),
+    ("GPU tokens/s", "gpu_decode_throughput", 1, ""),
+    ("GPU speed-up", "gpu_decode_speedup", 2, "x"),
+    ("GPU over high", "gpu_decode_speedup_over_high", 2, "x"),
+)
+"""Columns for what the cells' hardware gives: title, quantity, digits, suffix."""
+
+
+def linears_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Linear layers as the paper times them: microseconds, and times 16 bits, hot in the cache and flushed from it."""
+    precisions = sorted({row["bits"] for row in rows}, reverse=True)
+    header = ["out x in", "L2 cache", *(f"{bits} bits us" for bits in precisions)]
+    header += [f"{bits} / {precisions[0]}" for bits in precisions[1:]]
+    body = []
+    for shape in dict.fromkeys((row["out_features"], row["in_features"]) for row in rows):
+        for cache in ("hot", "flushed"):
+            us = {r["bits"]: r[f"{cache}_us"] for r in rows if (r["out_features"], r["in_features"]) == shape}
+            ratios = [f"{us[precisions[0]] / us[bits]:.2f}x" for bits in precisions[1:]]
+            body.append([f"{shape[0]} x {shape[1]}", cache, *(f"{us[b]:.1f}" for b in precisions), *ratios])
+    return markdown_table(header, body)
+
+
+def steps_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Whole decode steps: milliseconds and tokens/s at each context and precision, and times 16 bits."""
+    header = ["bits", "context", "ms a token", "tokens/s", "over 16 bits"]
+    base = {row["context_tokens"]: row["median_ms"] for row in rows if row["bits"] == FP16_BITS}
+    body = [
+        [
+            str(row["bits"]),
+            str(row["context_tokens"]),
+            f"{row['median_ms']:.3f}",
+            f"{1e3 / row['median_ms']:.1f}",
+            f"{base[row['context_tokens']] / row['median_ms']:.2f}x",
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, body)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -23,11 +65,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary_table(records: Sequence[CellRecord]) -> str:
-    """Cells of one model and task: bits, metrics with 95 % intervals, agreement, difference to high, NPU gain."""
+    """Cells of one model and task: bits, metrics with 95 % intervals, agreement, difference to high, gain."""
     metrics = records[0].metrics
+    gains = [(title, q, digits, suffix) for title, q, digits, suffix in GAINS if any(r.find(q) for r in records)]
     header = ["scheduler", "prefill", "average bits"]
     header += [f"{TITLES[m]} [95 %]" for m in metrics]
-    header += [f"{TITLES[metrics[0]]} - high", "agreement [95 %]", "NPU tokens/s", "NPU speed-up", "n"]
+    header += [f"{TITLES[metrics[0]]} - high", "agreement [95 %]", *(title for title, *_ in gains), "n"]
     rows = []
     for r in records:
         first = r.find(metrics[0])
@@ -39,8 +82,7 @@ def summary_table(records: Sequence[CellRecord]) -> str:
                 *(_interval(r.find(m), 1) for m in metrics),
                 _interval(r.find(f"{metrics[0]} minus high"), 1, signed=True),
                 _interval(r.find("agreement"), 1),
-                _number(r.find("npu_decode_throughput"), 1),
-                _number(r.find("npu_decode_speedup"), 2, "x"),
+                *(_number(r.find(quantity), digits, suffix) for _, quantity, digits, suffix in gains),
                 str(first["n"]) if first else "-",
             ]
         )

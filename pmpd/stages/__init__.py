@@ -11,10 +11,11 @@ from pmpd.stages.evaluate import EVALUATE
 from pmpd.stages.fit_static import FIT_STATIC
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
 from pmpd.stages.learned import DECIDE, FEATURES, TRAIN_LEARNED
-from pmpd.stages.measure import ESTIMATE, LATENCY
+from pmpd.stages.measure import ESTIMATE, GAIN
 from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT
 from pmpd.stages.rollouts import ROLLOUTS
 from pmpd.stages.search import SEARCH
+from pmpd.stages.timing import LATENCY, LINEARS
 
 STAGES: dict[str, Stage[Any]] = {
     stage.name: stage
@@ -37,6 +38,8 @@ STAGES: dict[str, Stage[Any]] = {
         EVALUATE,
         ESTIMATE,
         LATENCY,
+        LINEARS,
+        GAIN,
     )
 }
 

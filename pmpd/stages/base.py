@@ -8,7 +8,7 @@ there. ``version`` goes up when the meaning of the output changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -34,6 +34,14 @@ class RuntimeConfig:
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
+
+    def differentiable(self) -> RuntimeConfig:
+        """The same with a dtype in which gradients do not underflow, as those of float16 weights do."""
+        return replace(self, dtype="bfloat16") if self.dtype == "float16" else self
+
+    def on_gpu(self) -> RuntimeConfig:
+        """The same on a GPU, in a dtype that its kernels take."""
+        return replace(self, device="cuda", dtype="float16" if self.dtype == "float32" else self.dtype)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pmpd.artifacts import read_jsonl, write_jsonl, write_tensors
-from pmpd.models import context_length, load_tokenizer, materialize, resolve
+from pmpd.artifacts import Input, Root, read_jsonl, write_jsonl, write_tensors
+from pmpd.models import (
+    ModelSource,
+    context_length,
+    digest,
+    folder,
+    load_tokenizer,
+    materialize,
+    needs_conversion,
+    resolve,
+)
 from pmpd.records import Sample
 from pmpd.stages.base import Stage, write_summary
 from pmpd.stages.runtime import load_prompter
@@ -212,3 +221,12 @@ DATA = Stage("data", 1, DataConfig, run_data, "a download")
 PROMPTS = Stage("prompts", 1, PromptsConfig, run_prompts, "seconds")
 TEXTS = Stage("texts", 1, TextsConfig, run_texts, "seconds")
 SEEDS = Stage("seeds", 1, SeedsConfig, run_seeds, "seconds")
+
+
+def model_input(source: ModelSource, digests: Path) -> Input:
+    """The model's folder, or the stage that makes one of safetensors from a GGUF file or ``.bin`` weights."""
+    key = digest(source, digests)
+    if source.kind == "gguf":
+        return WEIGHTS.node(WeightsConfig(), source=Root(source.path, key, lambda: source.files[0]))
+    ready = Root(source.path, key, lambda: folder(source))
+    return WEIGHTS.node(WeightsConfig(), source=ready) if needs_conversion(source) else ready

@@ -200,6 +200,6 @@ def read_decisions(path: Path) -> dict[str, Completion]:
     }
 
 
-FEATURES = Stage("features", 1, FeaturesConfig, run_features, "a prefill of every seed prompt")
+FEATURES = Stage("features", 2, FeaturesConfig, run_features, "a prefill of every seed prompt")
 TRAIN_LEARNED = Stage("train_learned", 1, TrainLearnedConfig, run_train_learned, "seconds")
-DECIDE = Stage("decide", 1, DecideConfig, run_decide, "a prefill of every prompt")
+DECIDE = Stage("decide", 2, DecideConfig, run_decide, "a prefill of every prompt")

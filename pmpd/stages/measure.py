@@ -1,140 +1,147 @@
-"""What a schedule gains: estimated on an NPU from the schedules that evaluation used, and timed on this device.
+"""What a schedule gains: the time of every decode step that an evaluation's completions took, against uniform ones.
 
-The estimate is a formula (``pmpd.hardware.npu``) applied to every sample's own prompt length and bits.
-The timing is of one decode step at each precision; on a CPU it runs on dequantised weights and says
-nothing about bits.
+On an NPU a step's time is a model's (``pmpd.hardware.npu``), on a GPU what ``latency`` measured there. Either way the
+schedules, prompt lengths and numbers of tokens are those of the evaluation, sample by sample.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from pmpd.artifacts import write_json
-from pmpd.decode import decode, prefill
-from pmpd.hardware import NPU, generation_time_s, time_steps
-from pmpd.models import architecture, context_length
-from pmpd.records import FP16_BITS, Schedule, Step
-from pmpd.schedulers import Fixed
-from pmpd.stages.base import RuntimeConfig, Stage, write_summary
+from pmpd.artifacts import read_json, write_json
+from pmpd.hardware.npu import NPU, StoredWeights, decode_steps_s, prefill_forward
+from pmpd.models import architecture
+from pmpd.records import FP16_BITS, Completion, Generation
+from pmpd.stages.base import Stage, write_summary
 from pmpd.stages.evaluate import RESULTS_FILE, read_completions, result
-from pmpd.stages.inputs import read_windows
-from pmpd.stages.runtime import load, progress
 from pmpd.stages.scoring import mean_scores
+
+Seconds = NDArray[np.float64]
+StepsS = Callable[[int, list[int]], Seconds]
+"""Seconds of each decode step, from the prompt's tokens and the steps' bits."""
 
 
 @dataclass(frozen=True)
 class EstimateConfig:
-    """The NPU's constants (``conf/hardware``) and the nested model's planes."""
+    """The NPU's constants (``conf/hardware``), the nested model's planes and the inputs that share a table."""
 
     npu: dict[str, Any]
     parent_bits: int
+    group_size: int | None
     trust_remote_code: bool
     resamples: int
     seed: int
 
 
 def run_estimate(config: EstimateConfig, inputs: Mapping[str, Path], out: Path) -> None:
-    """Throughput and paired speed-up over fp16 for the completions of an evaluation.
-
-    The speed-up of a sample is the fp16 time of the *same* steps (same prompt, same number of tokens, same
-    contexts) over its own, so it does not mix in that another precision writes longer or shorter.
-    """
+    """Throughput and paired speed-up on an NPU for the completions of an evaluation."""
     npu = NPU(**config.npu)
     shape = architecture(inputs["model"], config.trust_remote_code)
-    decode_rate, decode_gain, total_gain, time_bits = [], [], [], []
-    for completion in read_completions(inputs["evaluation"]):
-        own = np.zeros(2)
-        fp16 = np.zeros(2)
-        weighted = steps = 0.0
-        for g in completion.generations:
-            bits = g.decode_bits
-            own += generation_time_s(npu, shape, g.prompt_tokens, g.schedule.prefill_bits, bits, config.parent_bits)
-            fp16 += generation_time_s(
-                npu, shape, g.prompt_tokens, FP16_BITS, [FP16_BITS] * len(bits), config.parent_bits
-            )
-            seconds = [
-                generation_time_s(npu, shape, g.prompt_tokens + t, FP16_BITS, [b], config.parent_bits)[1]
-                for t, b in enumerate(bits)
-            ]
-            weighted += float(np.dot(seconds, bits)) if bits else 0.0
-            steps += len(bits)
-        if steps:
-            decode_rate.append(steps / own[1])
-            decode_gain.append(fp16[1] / own[1])
-            time_bits.append(weighted / own[1])
-        total_gain.append(fp16.sum() / own.sum())
-    head = "head counted" if npu.count_head else "head not counted"
-    rows = []
-    for quantity, unit, values in (
-        ("npu_decode_throughput", f"tokens/s on {npu.name}, estimated, {head}", decode_rate),
-        ("npu_decode_speedup", f"times fp16 on {npu.name}, estimated, {head}", decode_gain),
-        ("npu_total_speedup", f"times fp16 on {npu.name}, prefill included, estimated, {head}", total_gain),
-        ("average_bits_time", f"bits, weighted by decode time on {npu.name}", time_bits),
-    ):
-        if values:
-            rows.append(result(quantity, unit, mean_scores(values).interval(config.resamples, config.seed)))
+    weights = StoredWeights(config.parent_bits, config.group_size)
+
+    def steps_s(prompt_tokens: int, bits: list[int]) -> Seconds:
+        return decode_steps_s(npu, shape, prompt_tokens, bits, weights)
+
+    def prefill_s(prompt_tokens: int, bits: int) -> float:
+        return float(prefill_forward(npu, shape, bits, prompt_tokens, weights).total_s)
+
+    completions = read_completions(inputs["evaluation"])
+    where = f"on {npu.name}, estimated; {npu.counted}"
+    rows = decode_gains("npu", where, completions, steps_s, None, config.resamples, config.seed)
+    total_gain = [
+        sum(prefill_s(g.prompt_tokens, FP16_BITS) + at(steps_s, g, FP16_BITS).sum() for g in c.generations)
+        / sum(prefill_s(g.prompt_tokens, g.schedule.prefill_bits) + own(steps_s, g).sum() for g in c.generations)
+        for c in completions
+    ]
+    total = mean_scores(total_gain).interval(config.resamples, config.seed)
+    rows.append(result("npu_total_speedup", f"times fp16, prefill included, {where}", total))
+    _write(out, rows)
+
+
+@dataclass(frozen=True)
+class GainConfig:
+    """Uniform high beside fp16 as what a schedule is compared with."""
+
+    high_bits: int
+    resamples: int
+    seed: int
+
+
+def run_gain(config: GainConfig, inputs: Mapping[str, Path], out: Path) -> None:
+    """Throughput and paired speed-ups on the machine of the ``latency`` input for the completions of an evaluation.
+
+    A step's time is interpolated between the contexts that were timed; beyond them it is that of the nearest.
+    """
+    timing = read_json(inputs["latency"] / RESULTS_FILE)
+    table = {
+        bits: np.array(sorted((r["context_tokens"], r["median_ms"]) for r in timing["rows"] if r["bits"] == bits)).T
+        for bits in {r["bits"] for r in timing["rows"]}
+    }
+
+    def steps_s(prompt_tokens: int, bits: list[int]) -> Seconds:
+        context = prompt_tokens + np.arange(1, len(bits) + 1)
+        times_ms = {b: np.interp(context, *table[b]) for b in set(bits)}
+        return np.array([times_ms[b][t] for t, b in enumerate(bits)]) / 1e3
+
+    where = f"on {timing['machine']}, measured steps; {timing['engine']}; {timing['weights']}"
+    completions = read_completions(inputs["evaluation"])
+    _write(out, decode_gains("gpu", where, completions, steps_s, config.high_bits, config.resamples, config.seed))
+
+
+def decode_gains(
+    kind: str,
+    where: str,
+    completions: list[Completion],
+    steps_s: StepsS,
+    high_bits: int | None,
+    resamples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Results of decoding alone, quantities prefixed with ``kind``; samples without a decode step are left out.
+
+    The speed-up of a sample is the fp16 (or uniform high) time of the *same* steps (same prompt, same number of
+    tokens, same contexts) over its own, so it does not mix in that another precision writes longer or shorter.
+    """
+    rate, gain, gain_over_high, time_bits = [], [], [], []
+    for completion in completions:
+        generations = [g for g in completion.generations if g.decode_bits]
+        if not generations:
+            continue
+        seconds = np.concatenate([own(steps_s, g) for g in generations])
+        rate.append(len(seconds) / seconds.sum())
+        gain.append(sum(at(steps_s, g, FP16_BITS).sum() for g in generations) / seconds.sum())
+        if high_bits is not None:
+            gain_over_high.append(sum(at(steps_s, g, high_bits).sum() for g in generations) / seconds.sum())
+        time_bits.append(seconds @ np.asarray(completion.decode_bits) / seconds.sum())
+    quantities = (
+        (f"{kind}_decode_throughput", f"tokens/s {where}", rate),
+        (f"{kind}_decode_speedup", f"times fp16 {where}", gain),
+        (f"{kind}_decode_speedup_over_high", f"times uniform {high_bits} bits {where}", gain_over_high),
+        ("average_bits_time", f"bits, weighted by decode time {where}", time_bits),
+    )
+    return [result(name, unit, mean_scores(v).interval(resamples, seed)) for name, unit, v in quantities if v]
+
+
+def own(steps_s: StepsS, generation: Generation) -> Seconds:
+    """Seconds of the decode steps as they were taken."""
+    return steps_s(generation.prompt_tokens, generation.decode_bits)
+
+
+def at(steps_s: StepsS, generation: Generation, bits: int) -> Seconds:
+    """Seconds that the same steps would have taken at ``bits``."""
+    return steps_s(generation.prompt_tokens, [bits] * len(generation.decode_bits))
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
     write_json(out / RESULTS_FILE, rows)
     write_summary(out, {r["quantity"]: r["value"] for r in rows}, tables={"results": rows})
 
 
-@dataclass(frozen=True)
-class LatencyConfig:
-    """Decode steps timed on the device at hand, batch 1."""
-
-    bits: list[int]
-    num_tokens: int
-    context_tokens: int
-    runtime: RuntimeConfig
-
-
-def run_latency(config: LatencyConfig, inputs: Mapping[str, Path], out: Path) -> None:
-    """Median milliseconds of a decode step at each precision, with the device and the kind of kernel named."""
-    model, cell = load(inputs["model"], inputs["nested"], config.runtime)
-    limit = context_length(inputs["model"], config.runtime.trust_remote_code) - config.num_tokens - 1
-    prompt = read_windows(inputs["texts"]).flatten()[: min(config.context_tokens, limit)].tolist()
-    rows = []
-    for bits in progress(config.bits, "latency"):
-
-        def steps(bits: int = bits) -> Iterator[Step]:
-            state = prefill(model, cell, [prompt], bits, max_new_tokens=config.num_tokens + 1)
-            policy = Fixed(Schedule.uniform(bits)).policy()
-            return decode(model, cell, state, policy, max_new_tokens=config.num_tokens + 1, eos_ids=())
-
-        seconds = np.asarray(time_steps(steps, warmup=1, repeats=3))
-        rows.append(
-            {
-                "bits": bits,
-                "median_ms": float(np.median(seconds) * 1e3),
-                "p10_ms": float(np.quantile(seconds, 0.1) * 1e3),
-                "p90_ms": float(np.quantile(seconds, 0.9) * 1e3),
-                "num_steps": len(seconds),
-                "context_tokens": len(prompt),
-            }
-        )
-    device = torch.cuda.get_device_name() if config.runtime.device == "cuda" else _cpu_name()
-    write_json(out / RESULTS_FILE, {"device": device, "weights": "dequantised, no claim about bits", "rows": rows})
-    write_summary(
-        out,
-        {"device": device, "weights": "dequantised, no claim about bits"}
-        | {f"latency_{r['bits']}_bits_ms": r["median_ms"] for r in rows},
-        tables={"latency": rows},
-    )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    model = names[0] if names else platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-ESTIMATE = Stage("estimate", 1, EstimateConfig, run_estimate, "milliseconds")
-LATENCY = Stage("latency", 1, LatencyConfig, run_latency, "seconds")
+ESTIMATE = Stage("estimate", 2, EstimateConfig, run_estimate, "milliseconds")
+GAIN = Stage("gain", 1, GainConfig, run_gain, "milliseconds")

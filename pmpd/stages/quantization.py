@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pmpd.artifacts import write_tensors
@@ -29,19 +31,22 @@ class QuantizeConfig:
 
 
 def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) -> None:
-    """Quantise every block linear to its nested form by k-means, weighted by the ``sensitivity`` input."""
+    """Quantise every block linear to its nested form by k-means, weighted by the ``sensitivity`` input.
 
-    def quantize(weight: Tensor, sensitivity: Tensor) -> NestedWeight:
+    Without that input all weights count the same: plain k-means.
+    """
+
+    def quantize(weight: Tensor, sensitivity: Tensor | None) -> NestedWeight:
         return quantize_weight(
             weight.float(),
-            sensitivity.float(),
+            torch.ones_like(weight, dtype=torch.float32) if sensitivity is None else sensitivity.float(),
             seed_bits=config.seed_bits,
             parent_bits=config.parent_bits,
             group_size=config.group_size,
             solver=config.solver,
         )
 
-    _quantize(quantize, inputs["model"], inputs["sensitivity"], config.trust_remote_code, out)
+    _quantize(quantize, inputs["model"], inputs.get("sensitivity"), config.trust_remote_code, out)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ def run_quantize_joint(config: QuantizeJointConfig, inputs: Mapping[str, Path], 
     """Quantise every block linear under the second moments of the ``moments`` input."""
     options = JointOptions(config.focus_bits, config.high_share, config.damping, config.refits, config.sweeps)
 
-    def quantize(weight: Tensor, moment: Tensor) -> NestedWeight:
+    def quantize(weight: Tensor, moment: Tensor | None) -> NestedWeight:
+        assert moment is not None
         return quantize_jointly(
             weight.to(config.device).float(),
             moment.to(config.device).float(),
@@ -78,15 +84,15 @@ def run_quantize_joint(config: QuantizeJointConfig, inputs: Mapping[str, Path], 
 
 
 def _quantize(
-    quantize: Callable[[Tensor, Tensor], NestedWeight],
+    quantize: Callable[[Tensor, Tensor | None], NestedWeight],
     model: Path,
-    statistics: Path,
+    statistics: Path | None,
     trust_remote_code: bool,
     out: Path,
 ) -> None:
     """One safetensors shard a block, of each layer's weight and the tensor that ``statistics`` has of its name.
 
-    Memory is bounded by a block: tensors are read one at a time. A shard that a killed run finished is kept.
+    Memory is bounded by a block's statistics. A shard that a killed run finished is kept.
     """
     weights = LazyWeights(model)
     blocks = by_block(linear_names(model, trust_remote_code))
@@ -96,9 +102,9 @@ def _quantize(
         file = out / shard(block)
         if not file.exists():
             tensors: dict[str, Tensor] = {}
-            with safe_open(statistics / shard(block), framework="pt") as stored:
-                for name in names:
-                    tensors |= quantize(weights.weight(name), stored.get_tensor(name)).to_tensors(name)
+            weighting = load_file(statistics / shard(block)) if statistics is not None else {}
+            for name in names:
+                tensors |= quantize(weights.weight(name), weighting.get(name)).to_tensors(name)
             write_tensors(file, tensors)
         stored_bytes += file.stat().st_size
         with safe_open(file, framework="pt") as stored:

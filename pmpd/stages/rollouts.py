@@ -143,4 +143,4 @@ def _to_json(schedule: Schedule, completion: Completion) -> dict[str, object]:
     }
 
 
-ROLLOUTS = Stage("rollouts", 1, RolloutsConfig, run_rollouts, "decoding every prompt under every schedule")
+ROLLOUTS = Stage("rollouts", 2, RolloutsConfig, run_rollouts, "decoding every prompt under every schedule")

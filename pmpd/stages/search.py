@@ -125,4 +125,4 @@ def run_search(config: SearchConfig, inputs: Mapping[str, Path], out: Path) -> N
     )
 
 
-SEARCH = Stage("search", 1, SearchConfig, run_search, "perplexity at every precision")
+SEARCH = Stage("search", 2, SearchConfig, run_search, "perplexity at every precision")

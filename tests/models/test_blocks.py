@@ -110,3 +110,11 @@ def test_a_nested_model_of_another_model_is_refused(tmp_path: Path, tiny_llama: 
 def test_a_folder_without_a_nested_model_is_named(tmp_path: Path, tiny_llama: Path) -> None:
     with pytest.raises(ModelError, match="no nested model in"):
         attach(load_model(tiny_llama, torch.float32), tmp_path)
+
+
+def test_precisions_above_the_highest_wanted_are_left(tmp_path: Path) -> None:
+    folder = tiny_model_dir(tmp_path, "llama")
+    model = load_model(folder, torch.float32)
+    cell = attach(model, write_nested(folder, tmp_path / "nested"), max_bits=3)
+    assert cell.available == [2, 3, 16]
+    assert all(layer.nested is not None and layer.nested.parent_bits == 3 for layer in cell.layers)

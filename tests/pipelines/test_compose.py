@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException
 
+from pipelines.machines import npu_of
 from pipelines.schema import register
 from pmpd.config import ConfigError, from_omegaconf
 
@@ -49,6 +50,24 @@ def test_every_choice_composes(group):
         else:
             name = chosen.name
         assert name == choice
+
+
+@pytest.mark.parametrize("hardware", [h for h in choices("hardware") if h != "gpu"])
+def test_every_other_hardware_is_an_npu(hardware):
+    assert npu_of(cell(f"hardware={hardware}").hardware).name == hardware
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("hardware.bandwidth_bytes_s=0", r"^hardware\.bandwidth_bytes_s=0\.0: more than 0"),
+        ("hardware.bandwidth_efficiency=1.5", r"^hardware\.bandwidth_efficiency=1\.5: \(0, 1\]"),
+        ("hardware.activation_buffer_bytes=100", r"^hardware\.activation_buffer_bytes=100: at least 4096"),
+    ],
+)
+def test_an_impossible_npu_is_refused_by_name(override, said):
+    with pytest.raises(ConfigError, match=said):
+        npu_of(cell(override).hardware)
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))

@@ -24,7 +24,7 @@ from pipelines.report import CONF, grid_of, report
 from pipelines.run import run_cell
 from pipelines.schema import register
 from pmpd.artifacts import Store
-from pmpd.config import Config, from_omegaconf
+from pmpd.config import Config, ConfigError, from_omegaconf
 from pmpd.records import Schedule
 from pmpd.report import COLUMNS
 from pmpd.stages.inputs import read_samples
@@ -120,6 +120,8 @@ def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
         ["scheduler=static", "model.middle_bits=[3]"],
         ["scheduler=learned", "model.middle_bits=[3]"],
         ["scheduler=high", "quantizer.group_size=32"],
+        ["scheduler=static", "quantizer=joint"],
+        ["scheduler=high", "quantizer=joint", "quantizer.high_share=0", "quantizer.group_size=32"],
     ],
     ids=" ".join,
 )
@@ -234,6 +236,18 @@ def test_the_report_reads_the_store_alone_and_names_what_is_missing(store, tiny_
     assert "scheduler=high" in missing[0].command
     assert "python pipelines/run.py" in caplog.text
     assert not (tmp_path / "none").exists()
+
+
+def test_the_npu_report_needs_no_store_and_no_cell_can_be_run_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert report(["experiment=npu"], tmp_path / "npu") == []
+    frame = pd.read_csv(tmp_path / "npu" / "results.csv")
+    assert set(frame.hardware) == {"npu_16k", "npu_4k", "flightllm_vhk158"}
+    assert [p.name for p in tmp_path.iterdir()] == ["npu"]
+    with pytest.raises(ConfigError, match=r"report=npu: no cell to run; .*pipelines/report\.py"):
+        run_cell(cell("experiment=npu"), tmp_path, "0")
+    with pytest.raises(ConfigError, match=r"hardware\.bandwidth_bytes_s=0\.0"):
+        report(["experiment=npu", "hardware.bandwidth_bytes_s=0"], tmp_path / "none")
 
 
 def test_a_grid_is_an_experiments_sweep_with_the_command_lines(tiny_llama):

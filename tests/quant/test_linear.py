@@ -107,3 +107,63 @@ def test_a_layer_moved_to_a_gpu_computes_there_what_the_cpu_does(x: torch.Tensor
         result = layer.cuda()(x.cuda())
         assert layer.weight_at(bits).device.type == "cuda"
         torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_originals_are_dropped_and_the_rest_stays(x: torch.Tensor, bias: bool) -> None:
+    cell = PrecisionCell()
+    layer = make_layer(cell, bias=bias)
+    cell.bits = 3
+    expected = layer(x)
+    cell.bits = 16
+    cell.drop_originals()
+    assert (cell.available, cell.bits, layer.weight) == ([2, 3, 4], 4, None)
+    cell.bits = 3
+    assert torch.equal(layer(x), expected)
+    assert layer.double().weight_at(3).dtype == torch.float64
+    assert sum(p.numel() for p in layer.parameters()) == (6 if bias else 0)
+    with pytest.raises(ValueError, match="bits=16 is not available"):
+        cell.bits = 16
+
+
+def test_a_layer_can_be_made_of_nested_weights_alone(x: torch.Tensor) -> None:
+    whole = make_layer(PrecisionCell())
+    cell = PrecisionCell()
+    assert whole.bias is not None
+    layer = NestedLinear.without_original(whole.nested, whole.bias.detach(), torch.float32, cell)
+    assert (cell.available, cell.bits) == ([2, 3, 4], 4)
+    for bits in cell.available:
+        cell.bits = whole.cell.bits = bits
+        assert torch.equal(layer(x), whole(x))
+    assert {*layer.state_dict()} == {"bias"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 7, 50])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_half_precision_is_packed_once_for_all_precisions(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    original = nn.Linear(96, 40)
+    nested = quantize_weight(original.weight, torch.ones(40, 96), parent_bits=4)
+    cell = PrecisionCell()
+    layer = NestedLinear(nested, original, cell).to("cuda", dtype)
+    alone = NestedLinear.without_original(nested.to("cuda"), layer.bias, dtype, PrecisionCell())
+    x = torch.randn(rows, 96, device="cuda").to(dtype)
+    for bits in (4, 2, 3):
+        cell.bits = alone.cell.bits = bits
+        weight = nested.dequantize(bits, torch.float64)
+        expected = x.cpu().double() @ weight.T + layer.bias.cpu().double()
+        limit = 3e-3 if dtype == torch.float16 else 1.5e-2
+        for result in (layer(x), alone(x)):
+            assert (result.cpu().double() - expected).norm() / expected.norm() < limit
+        torch.testing.assert_close(layer.weight_at(bits).cpu().double(), weight, rtol=1e-2, atol=2e-3)
+    packed = layer.packed
+    assert packed is not None
+    assert packed is layer.packed
+    assert alone.nested is None, "the planes are on the device twice"
+    with pytest.raises(ValueError, match="load the model again"):
+        alone.cpu()
+    layer.cpu().float()
+    assert layer.packed is None
+    torch.testing.assert_close(layer.weight_at(3), nested.dequantize(3, torch.float32))

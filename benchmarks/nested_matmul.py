@@ -1,0 +1,349 @@
+"""Products with nested weights on a GPU, beside other kernels: microseconds, and how near the memory ceiling.
+
+    python benchmarks/nested_matmul.py                       writes benchmarks/results/nested_matmul.csv and .png
+    python benchmarks/nested_matmul.py --providers pmpd cublas-fp16 --shapes 4096x4096
+    python benchmarks/nested_matmul.py --figure              draws the figure from the CSV; needs no GPU
+    python benchmarks/nested_matmul.py --sweep               which launches are fast (pmpd/kernels/launch.py)
+
+Each time is of one CUDA graph that runs the operation over many weight buffers, so that nothing stays in the L2 cache,
+divided by the number of buffers; launch gaps inside the graph count. Median, 20th and 80th percentile of the replays.
+Weights and inputs are random. The ceiling is a device-to-device copy, bytes read and written.
+
+Peers are timed if their packages are installed, and named when they are not: `any-precision` (the extension
+any_precision_ext of github.com/fwtan/any-precision-llm), `anybcq` (custom_kernel of github.com/naver-aics/anybcq,
+group 128, the zero fill of its output included), `humming` (humming-kernels, symmetric integers), `torch-int4`
+(PyTorch's own _weight_int4pack_mm, bfloat16, group 128).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import importlib
+import math
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "nested_matmul.csv"
+COLUMNS = [
+    *("op", "provider", "bits", "m", "out_features", "in_features", "unit", "median", "p20", "p80"),
+    *("gpu", "versions", "commit"),
+]
+SHAPES = [
+    *((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096), (2048, 2048), (5632, 2048)),
+    *((8192, 2048), (6912, 2560), (2048, 5632), (2048, 8192), (2560, 6912)),
+]
+ROTATED_BYTES = 200e6
+"""Weights that a graph goes through: four times an H100's L2 cache."""
+REPLAYS = 20
+GROUP = 128
+
+Call = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    bits: int
+    m: int
+    out_features: int
+    in_features: int
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.out_features * self.in_features * self.bits / 8
+
+    @property
+    def buffers(self) -> int:
+        return max(3, math.ceil(ROTATED_BYTES / self.weight_bytes))
+
+    def x(self, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.randn(self.m, self.in_features, device="cuda", dtype=dtype)
+
+    def words(self, *shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, (self.buffers, *shape), dtype=torch.int32, device="cuda")
+
+
+def pmpd_weights(case: Case) -> list[Any]:
+    from pmpd.kernels.device import DeviceWeight
+
+    tiles, shape = -(-case.out_features // 16), (case.out_features, case.in_features)
+    packed = case.words(tiles * case.in_features * case.bits // 2)
+    # Random bytes below 128 are digits of every precision.
+    tables = torch.randint(0, 128, (case.buffers, tiles, 1, 16, 2 << case.bits), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(case.buffers, 16 * tiles, 2, device="cuda")
+    return [
+        DeviceWeight(packed[i], {case.bits: tables[i]}, {case.bits: scales[i]}, *shape, None, torch.float16)
+        for i in range(case.buffers)
+    ]
+
+
+def pmpd(case: Case) -> Call:
+    from pmpd.kernels import cuda
+
+    weights, x = pmpd_weights(case), case.x()
+    out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
+    return lambda i: cuda.matmul(x, weights[i], case.bits, out=out)
+
+
+def any_precision(case: Case) -> Call:
+    extension = importlib.import_module("any_precision_ext")
+    planes = case.words(case.bits, case.out_features, case.in_features // 32)
+    tables = torch.randn(case.buffers, case.out_features, 1 << case.bits, device="cuda", dtype=torch.float16)
+    x = case.x()
+    return lambda i: extension.matmul_kbit(x, planes[i], tables[i], case.bits)
+
+
+def anybcq(case: Case) -> Call:
+    extension = importlib.import_module("custom_kernel")
+    planes = case.words(case.in_features // 32, case.bits, case.out_features)
+    groups = case.in_features // GROUP
+    alpha = torch.randn(case.buffers, groups, case.bits, case.out_features, device="cuda", dtype=torch.float16)
+    bias = torch.randn(case.buffers, groups, case.out_features, device="cuda", dtype=torch.float16)
+    x, out = case.x()[None], torch.empty(1, 1, case.out_features, device="cuda", dtype=torch.float16)
+
+    def call(i: int) -> None:
+        out.zero_()
+        extension.anybcq_gemv(x, out, planes[i], alpha[i], bias[i], case.bits, case.bits, GROUP)
+
+    return call
+
+
+def torch_int4(case: Case) -> Call:
+    codes = torch.randint(0, 256, (case.out_features, case.in_features // 2), dtype=torch.uint8, device="cuda")
+    packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(case.buffers)]
+    shape = (case.buffers, case.in_features // GROUP, case.out_features, 2)
+    scales = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    x = case.x(torch.bfloat16)
+    return lambda i: torch.ops.aten._weight_int4pack_mm(x, packed[i], GROUP, scales[i])
+
+
+def humming(case: Case) -> Call:
+    layer_class = importlib.import_module("humming.layer").HummingLayer
+    layers, weight = [], torch.randn(case.out_features, case.in_features, device="cuda", dtype=torch.float16)
+    for _ in range(case.buffers):
+        layer = layer_class(
+            shape_n=case.out_features,
+            shape_k=case.in_features,
+            weight_config={"dtype": f"int{case.bits}"},
+            torch_dtype=torch.float16,
+        ).cuda()
+        layer.load_from_unquantized(weight)
+        layer.transform()
+        layers.append(layer)
+    x = case.x()
+    return lambda i: layers[i](x)
+
+
+def cublas_fp16(case: Case) -> Call:
+    shape = (case.buffers, case.out_features, case.in_features)
+    weights = torch.randn(shape, device="cuda", dtype=torch.float16)
+    x = case.x()
+    return lambda i: x @ weights[i].T
+
+
+PROVIDERS: dict[str, tuple[Callable[[Case], Call], tuple[int, ...], tuple[int, ...]]] = {
+    # name: (how, bits, rows of x)
+    "pmpd": (pmpd, (2, 3, 4, 5, 6, 8), (1, 2, 4, 8)),
+    "any-precision": (any_precision, (2, 3, 4, 8), (1,)),
+    "anybcq": (anybcq, (2, 3, 4), (1,)),
+    "torch-int4": (torch_int4, (4,), (1,)),
+    "cublas-fp16": (cublas_fp16, (16,), (1, 2, 4, 8)),
+    "humming": (humming, (2, 3, 4), (1,)),
+}
+
+
+def replay_us(call: Call, buffers: int) -> list[float]:
+    """Microseconds a call of ``REPLAYS`` replays of a graph with one call a buffer."""
+    for i in range(3):
+        call(i % buffers)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(buffers):
+            call(i)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / buffers)
+    return times
+
+
+def copy_bytes_a_second() -> list[float]:
+    source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return [2e6 * source.numel() / us for us in replay_us(lambda i: target.copy_(source), 4)]
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=10)
+    return {"median": statistics.median(values), "p20": cuts[1], "p80": cuts[7]}
+
+
+def cases(shapes: Iterable[tuple[int, int]], bits: Iterable[int], rows: Iterable[int]) -> Iterator[Case]:
+    for out_features, in_features in shapes:
+        for b in bits:
+            for m in rows:
+                if m == 1 or b <= 4 or b == 16:
+                    yield Case(b, m, out_features, in_features)
+
+
+def measure(providers: list[str], shapes: list[tuple[int, int]], commit: str, path: Path) -> None:
+    """Rows of ``path``, written as they come."""
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    record = {"gpu": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        rate = {key: value / 1e9 for key, value in summary(copy_bytes_a_second()).items()}
+        writer.writerow(record | {"op": "copy", "provider": "device-to-device", "unit": "GB/s"} | rounded(rate))
+        for name in providers:
+            how, bits, rows = PROVIDERS[name]
+            for case in cases(shapes, bits, rows):
+                try:
+                    call = how(case)
+                except ImportError as error:
+                    print(f"{name}: not installed ({error})", flush=True)
+                    break
+                time = summary(replay_us(call, case.buffers))
+                writer.writerow(
+                    record | {"op": "nested_matmul", "provider": name, "unit": "us"} | vars(case) | rounded(time)
+                )
+                file.flush()
+                print(f"{name} {case} {time['median']:.2f} us", flush=True)
+                del call
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    return {key: round(value, 3) for key, value in values.items()}
+
+
+def report(path: Path) -> None:
+    """Ratios of peers over ours, geometric means, and shares of the ceiling."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    ceiling = next(float(row["median"]) for row in rows if row["op"] == "copy") * 1e9
+    times = {
+        (row["provider"], Case(*(int(row[key]) for key in ("bits", "m", "out_features", "in_features")))): float(
+            row["median"]
+        )
+        for row in rows
+        if row["op"] != "copy"
+    }
+    ours = {case: us for (provider, case), us in times.items() if provider == "pmpd"}
+    for bits in sorted({case.bits for case in ours}):
+        print(f"\n{bits} bits, M = 1")
+        ratios: dict[str, list[float]] = {}
+        for case, us in ours.items():
+            if case.bits != bits or case.m != 1:
+                continue
+            share = 1e6 * case.weight_bytes / us / ceiling
+            line = f"{case.out_features} x {case.in_features}: {us:.2f} us, {share:.0%} of the ceiling"
+            for provider in PROVIDERS:
+                peer = Case(16 if provider == "cublas-fp16" else bits, 1, case.out_features, case.in_features)
+                if provider != "pmpd" and (provider, peer) in times:
+                    ratio = times[provider, peer] / us
+                    ratios.setdefault(provider, []).append(ratio)
+                    line += f", {provider} {times[provider, peer]:.2f} ({ratio:.2f}x)"
+            for m in (2, 4, 8):
+                several = Case(bits, m, case.out_features, case.in_features)
+                line += f", M={m} {ours[several] / us:.2f}x" if several in ours else ""
+            print(line)
+        for provider, values in ratios.items():
+            print(f"over {provider}: geometric mean {statistics.geometric_mean(values):.2f}x, least {min(values):.2f}x")
+
+
+def draw(path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    ceiling = next(float(row["median"]) for row in rows if row["op"] == "copy") * 1e9
+    figure, axes = plt.subplots(figsize=(7, 5))
+    largest = 0.0
+    for provider in PROVIDERS:
+        points = sorted(
+            (int(row["out_features"]) * int(row["in_features"]) * int(row["bits"]) / 8e6, float(row["median"]))
+            for row in rows
+            if row["provider"] == provider and row["m"] == "1"
+        )
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=14, label=provider)
+            largest = max(largest, points[-1][0])
+    line = [1.0, largest]
+    axes.plot(line, [1e12 * megabytes / ceiling for megabytes in line], "k--", label=f"{ceiling / 1e12:.2f} TB/s")
+    axes.set(xscale="log", yscale="log", xlabel="bytes of weights, MB", ylabel="time, microseconds")
+    axes.set_title(f"One row of x, {rows[-1]['gpu']}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def sweep(shapes: list[tuple[int, int]], bits: list[int], rows: list[int]) -> None:
+    """Print the fastest launches of each product, and where the one that is chosen stands."""
+    from pmpd.kernels import cuda, launch
+
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    for case in cases(shapes, bits, rows):
+        steps = -(-case.in_features // launch.STEP)
+        chosen = launch.choose(case.out_features, case.in_features, case.bits, case.m, processors)
+        plans = [chosen]
+        for splits in sorted({-(-steps // -(-steps // most)) for most in (4, 8, 16)}):
+            for teams in (1, 2, 3, 4):
+                for queue in (
+                    *((1, 1, True, True), (2, 2, True, True), (1, 1, False, False), (2, 2, False, False)),
+                    *((2, 1, True, False), (2, 2, True, False), (3, 1, True, False), (3, 2, False, False)),
+                ):
+                    if splits * teams <= launch.MAX_WARPS:
+                        plans.append(launch.Launch(splits, teams, *queue))
+        operands, x = [cuda._operand(weight, case.bits) for weight in pmpd_weights(case)], case.x()
+        out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
+
+        def microseconds(plan: launch.Launch, operands: list[Any] = operands, x: Any = x, out: Any = out) -> float:
+            fused = cuda._Fused()
+            call = functools.partial(cuda._launch, x, fused=fused, out=out, plan=plan)
+            return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands)))
+
+        timed = [(microseconds(plan), plan) for plan in plans]
+        print(case, f"chosen {timed[0][0]:.2f} us {chosen}")
+        for us, plan in sorted(timed, key=lambda pair: pair[0])[:4]:
+            print(f"    {us:.2f} us {plan}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--shapes", nargs="+", default=[f"{out}x{into}" for out, into in SHAPES])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="of --sweep")
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], help="of --sweep")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="what to record, where there is no repository")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--figure", action="store_true")
+    args = parser.parse_args()
+    shapes = [(int(out), int(into)) for out, into in (shape.split("x") for shape in args.shapes)]
+    if args.sweep:
+        sweep(shapes, args.bits, args.rows)
+        return
+    if not args.figure:
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = args.commit or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        measure(args.providers, shapes, commit, args.results)
+    report(args.results)
+    draw(args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What one decode step of a Llama-family model does between its products, as CUDA kernels on the current stream.
+
+The kernels are ``block.cu``; here are their shapes and launches. The definition is ``pmpd.decode.llama``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from pmpd.kernels import nvrtc
+
+MAX_ROWS = 8
+FIRST_COLUMNS = 2
+ADDRESSES = FIRST_COLUMNS + MAX_ROWS
+"""Places in the binding, see ``block.cu``."""
+
+NORM_THREADS, GATE_THREADS, CHOOSE_THREADS, ATTEND_THREADS = 512, 128, 256, 128
+MAX_HIDDEN = NORM_THREADS * 32
+HEAD_DIMS = (16, 32, 64, 128, 256)
+MAX_GROUP = 8
+CHOOSE_BLOCKS = 64
+BLOCKS_A_PROCESSOR = 2
+MAX_SPLITS = 32
+"""Of attention: over all heads and rows, and for one head. On an H100, 32 heads of 128 channels and 512 columns: 8.3 us
+with 1 block a processor, 7.8 with 2, 9.2 with 4, before the joining of shares was made parallel."""
+
+
+class BlockKernels:
+    """The kernels for models of one head size, head grouping and dtype, and their scratch memory.
+
+    Every launch is programmatic: it may start while the kernel before it in the stream ends.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Raises:
+        ValueError: sizes or a dtype that :func:`not_supported` names a reason against.
+        RuntimeError: as :func:`pmpd.kernels.nvrtc.compile`.
+        """
+        if reason := not_supported(num_heads, num_kv_heads, head_dim, dtype):
+            raise ValueError(reason)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        group = num_heads // num_kv_heads
+        options = [f"-DHEAD_DIM={head_dim}", f"-DGROUP={group}"]
+        module = nvrtc.compile(source(), options + (["-DBF16"] if dtype == torch.bfloat16 else []))
+        self._norm, self._gate = module["rms_norm"], module["gate"]
+        self._choose, self._attend = module["choose"], module["attend"]
+        processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        self._blocks = BLOCKS_A_PROCESSOR * processors
+        most = MAX_ROWS * num_kv_heads + self._blocks
+        self._partials = torch.zeros(most * group * (head_dim + 4), device="cuda")
+        self._arrivals = torch.zeros(MAX_ROWS * num_kv_heads, dtype=torch.int32, device="cuda")
+        self._best = torch.zeros(MAX_ROWS, dtype=torch.int64, device="cuda")
+        self._chosen = torch.zeros(MAX_ROWS, dtype=torch.int32, device="cuda")
+
+    def norm(self, x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
+        """``out`` = root-mean-square norm of ``x``, times ``weight``; both are ``[rows, size]``."""
+        rows, size = x.shape
+        assert size % 8 == 0
+        assert size <= MAX_HIDDEN
+        self._norm((rows,), (NORM_THREADS,), x, weight, out, size, eps, programmatic=True)
+
+    def gate(self, gate_up: Tensor, out: Tensor) -> None:
+        """``out [rows, size] = silu(gate) * up`` of ``gate_up [rows, 2 * size]``."""
+        rows, size = out.shape
+        assert size % 8 == 0
+        grid = (-(-size // (8 * GATE_THREADS)), rows)
+        self._gate(grid, (GATE_THREADS,), gate_up, out, size, programmatic=True)
+
+    def attend(
+        self, qkv: Tensor, bias: Tensor | None, turns: Tensor, binding: Tensor, layer: int, scale: float, out: Tensor
+    ) -> None:
+        """Attention of one position a row over the cache, to which its keys and values are appended.
+
+        Args:
+            qkv: ``[rows, (heads + 2 * kv_heads) * head_dim]``, before bias and rotation.
+            bias: of ``qkv``.
+            turns: float32 ``[positions, head_dim / 2, 2]``, cosine and sine.
+            binding: the sequence at hand, see ``block.cu``.
+            out: ``[rows, heads * head_dim]``.
+        """
+        rows = len(qkv)
+        splits = min(max(1, self._blocks // (rows * self.num_kv_heads)), MAX_SPLITS)
+        grid = (splits, self.num_kv_heads, rows)
+        arguments = (qkv, bias, turns, binding, layer, scale, self._partials, self._arrivals, out)
+        self._attend(grid, (ATTEND_THREADS,), *arguments, programmatic=True)
+
+    def choose(self, logits: Tensor, tokens: Tensor, binding: Tensor) -> None:
+        """``tokens [rows]`` = the first of the largest of ``logits [rows, vocab]``; the binding's column is counted
+        up."""
+        rows, vocab = logits.shape
+        arguments = (logits, vocab, tokens, self._best, self._chosen, binding)
+        self._choose((CHOOSE_BLOCKS, rows), (CHOOSE_THREADS,), *arguments, programmatic=True)
+
+
+def not_supported(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why there are no kernels for such a model; None if there are."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the fused kernels are for float16 and bfloat16, not {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"the fused kernels are for heads of {', '.join(map(str, HEAD_DIMS))} channels, not {head_dim}"
+    if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
+        return (
+            f"the fused kernels are for up to {MAX_GROUP} query heads a key-value head, not {num_heads}/{num_kv_heads}"
+        )
+    return None
+
+
+@cache
+def source() -> str:
+    """The CUDA C++ of ``block.cu``."""
+    return (resources.files("pmpd.kernels") / "block.cu").read_text(encoding="utf-8")

@@ -1,0 +1,135 @@
+"""How many blocks and warps a product with a nested weight gets, and what shared memory they need.
+
+A function of the shape alone, read off sweeps on an H100 (``benchmarks/nested_matmul.py --sweep``): nothing is tuned
+at a user's first call. It launches nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pmpd.kernels.device import REGISTER_BITS, TILE
+
+STEP = 256
+"""Columns that a warp copies at once."""
+STEPS_IN_REGISTERS = 2
+"""Steps of x that a warp keeps there."""
+DIGITS = 2
+"""Bytes that hold an input."""
+MAX_ROWS = 8
+"""Rows of x that one launch multiplies."""
+MAX_WARPS = 16
+STATIC_SHARED_BYTES = 4096
+"""At least what a block declares itself, and what the driver keeps of a block."""
+ALONE_SHARED_BYTES = 120 * 1024
+"""More than half of what a processor has, on the GPUs where kernels overlap (compute capability 9.0 and 10.0)."""
+FULL = 0.88
+"""Share of a round of tiles from which all processors count as busy to the end."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Attributes:
+    splits: warps that share a tile of 16 rows, each with its part of the columns.
+    teams: groups of ``splits`` warps, each with its own tiles of the block; they also share the rows of x.
+    stages: steps of weights that a warp has under way.
+    early: of these, steps asked for before earlier kernels have ended.
+    late: let the next kernel come only once x is here.
+    alone: let no two blocks share a processor.
+    blocks: 0 for one a processor.
+    rows: of x at a time.
+    """
+
+    splits: int
+    teams: int
+    stages: int = 2
+    early: int = 2
+    late: bool = True
+    alone: bool = False
+    blocks: int = 0
+    rows: int = MAX_ROWS
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.splits * self.teams
+
+    @property
+    def capacity(self) -> int:
+        """Rows of x that the kernel is compiled for: 1, 2, 4 or 8."""
+        return 1 << (self.rows - 1).bit_length()
+
+    def once(self, in_features: int) -> bool:
+        """Whether a warp keeps its columns of x in registers between the two looks that it takes."""
+        return in_features <= STEPS_IN_REGISTERS * self.splits * STEP
+
+    def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
+        """Dynamic shared memory of a block: rings of weights, digits of x, partial sums, scales and tables."""
+        tiles = _up(_up(out_features, TILE), self.blocks)
+        ring = self.splits * self.teams * self.stages * TILE * STEP * bits // 8
+        digits = self.capacity * DIGITS * (_up(in_features, STEP) * STEP + 16)
+        partial = tiles * self.splits * self.capacity * TILE * 4
+        tables = TILE * (2 << bits) if groups == 1 else 0
+        return ring + digits + partial + tiles * (TILE * 8 + tables)
+
+
+def choose(out_features: int, in_features: int, bits: int, rows: int, processors: int) -> Launch:
+    """The launch for a product, before :func:`fit`.
+
+    There is one block a processor, and what decides is how many tiles that leaves a block. With one, blocks of the next
+    kernel must not gather on one processor; with more, they fill the gaps that this one leaves.
+    """
+    tiles, steps = _up(out_features, TILE), _up(in_features, STEP)
+    round_of_tiles = _up(tiles, processors)
+    if rows > 1:
+        teams = min(rows, 4 if steps <= MAX_WARPS // 2 else 2)
+        late = round_of_tiles == 1 or bits >= REGISTER_BITS
+        return Launch(_even(steps, MAX_WARPS // teams), teams, 2, 1 if late else 2, late, round_of_tiles == 1)
+    full = tiles >= FULL * round_of_tiles * processors
+    if round_of_tiles == 1:
+        if bits == 2 and steps <= MAX_WARPS // 2:
+            return Launch(_even(steps, 4), 1, 3, 1, True)
+        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
+    if round_of_tiles == 2 and steps > MAX_WARPS:
+        return Launch(_even(steps, MAX_WARPS), 1, 2, 2, full)
+    splits = _even(steps, MAX_WARPS // 2 if steps > MAX_WARPS // 2 else 4)
+    if bits < REGISTER_BITS and full:
+        return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 2, False)
+    if round_of_tiles == 2:
+        return Launch(_even(steps, MAX_WARPS // 2), 1, 3, 1, True)
+    teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 else 2
+    return Launch(splits, teams, 3 if bits < REGISTER_BITS or splits < MAX_WARPS // 2 else 2, 1, True)
+
+
+def fit(
+    launch: Launch, bits: int, out_features: int, in_features: int, groups: int, rows: int, blocks: int, shared: int
+) -> Launch:
+    """``launch`` made smaller until its shared memory is at most ``shared``.
+
+    Columns of many rows of x, many tiles of a block and fat tables do not always fit; then there are fewer of them at a
+    time. ``blocks`` is the number of processors.
+
+    Raises:
+        ValueError: ``in_features`` is too large for this GPU.
+    """
+    launch = replace(launch, blocks=blocks, rows=min(rows, launch.rows))
+    while launch.shared_bytes(bits, out_features, in_features, groups) > shared - STATIC_SHARED_BYTES:
+        if launch.teams > 1:
+            launch = replace(launch, teams=launch.teams // 2)
+        elif launch.blocks * TILE < out_features:
+            launch = replace(launch, blocks=2 * launch.blocks)
+        elif launch.rows > 1:
+            launch = replace(launch, rows=launch.capacity // 2)
+        elif launch.splits > 1:
+            launch = replace(launch, splits=launch.splits // 2)
+        else:
+            raise ValueError(f"in_features={in_features} needs more shared memory than the {shared} bytes of this GPU")
+    return launch
+
+
+def _even(steps: int, most: int) -> int:
+    """Fewest splits that leave the busiest as few steps as ``most`` splits would."""
+    return _up(steps, _up(steps, most))
+
+
+def _up(a: int, b: int) -> int:
+    return (a + b - 1) // b

@@ -1,0 +1,254 @@
+"""CUDA C++ compiled at run time and launched on PyTorch's current stream.
+
+It calls the NVRTC that PyTorch's CUDA wheels carry and the driver, through ctypes: no nvcc and no C compiler, no header
+outside the source itself, the same for every PyTorch from 2.6 on. Machine code is kept on disk, so a process compiles
+only what no process compiled before. It knows nothing about what the kernels compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+CACHE_ENTRY_VERSION = 1
+SHARED_BYTES_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+DEFAULT_SHARED_BYTES = 48 * 1024
+"""Dynamic shared memory that a block gets without asking (CUDA C++ Programming Guide, "Compute Capabilities")."""
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+PROGRAMMATIC_CAPABILITY = (9, 0)
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute``: an id, padding to 8 bytes, a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A kernel. ``function(grid, block, *arguments)`` queues it on the current stream; a stream capture records it."""
+
+    name: str
+    handle: ctypes.c_void_p
+    _shared_limits: dict[int, int] = field(default_factory=dict, repr=False)
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        block: tuple[int, ...],
+        *arguments: Tensor | int | float | None,
+        shared_bytes: int = 0,
+        programmatic: bool = False,
+    ) -> None:
+        """Args:
+        arguments: tensors and ``None`` arrive as pointers, ``int`` as ``int`` (32 bits), ``float`` as ``float``.
+        shared_bytes: dynamic shared memory of a block.
+        programmatic: let the kernel start while its predecessor in the stream still runs ("programmatic dependent
+            launch"). The kernel must execute ``griddepcontrol.wait`` before it reads or writes what other kernels
+            touch. Ignored below compute capability 9.0, where the kernel just starts later.
+
+        Raises:
+            RuntimeError: the driver refuses the launch.
+        """
+        device = torch.cuda.current_device()
+        values = [_c_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        if shared_bytes > self._shared_limits.get(device, DEFAULT_SHARED_BYTES):
+            _check(_driver().cuKernelSetAttribute(SHARED_BYTES_ATTRIBUTE, shared_bytes, self.handle, device))
+            self._shared_limits[device] = shared_bytes
+        config = _LaunchConfig(
+            (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
+            (ctypes.c_uint * 3)(*block, *(1,) * (3 - len(block))),
+            shared_bytes,
+            torch.cuda.current_stream().cuda_stream,
+        )
+        if programmatic and torch.cuda.get_device_capability(device) >= PROGRAMMATIC_CAPABILITY:
+            attribute = _LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION)
+            attribute.value[0] = 1
+            config.attributes = ctypes.pointer(attribute)
+            config.num_attributes = 1
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """Machine code loaded into the driver, for every device of its architecture."""
+
+    handle: ctypes.c_void_p
+    _functions: dict[str, Function] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> Function:
+        """The kernel declared ``extern "C" __global__ void name``."""
+        if name not in self._functions:
+            kernel = ctypes.c_void_p()
+            _check(_driver().cuLibraryGetKernel(ctypes.byref(kernel), self.handle, name.encode()), name)
+            self._functions[name] = Function(name, kernel)
+        return self._functions[name]
+
+
+def compile(source: str, options: Sequence[str] = ()) -> Module:
+    """CUDA C++ ``source`` for the current device, from the disk cache if it was compiled before.
+
+    Args:
+        options: more NVRTC options, such as ``-DNAME=1``; architecture and language are set here.
+
+    Raises:
+        RuntimeError: no CUDA device, no NVRTC, a driver older than CUDA 12, or a source that does not compile (the
+            message has the compiler's log).
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("CUDA kernels need a CUDA device, and PyTorch sees none; use device=cpu")
+    major, minor = torch.cuda.get_device_capability()
+    return _load(source, tuple(options), f"sm_{major}{minor}")
+
+
+def cubin(source: str, options: Sequence[str], architecture: str) -> bytes:
+    """Machine code of ``source`` for ``architecture`` (as ``sm_90``). Needs no device and no driver.
+
+    Raises:
+        RuntimeError: no NVRTC, or a source that does not compile.
+    """
+    library = _nvrtc()
+    flags = [f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space", *options]
+    program = ctypes.c_void_p()
+    result = library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"pmpd.cu", 0, None, None)
+    if result:
+        raise RuntimeError(f"NVRTC could not start: {library.nvrtcGetErrorString(result).decode()}")
+    try:
+        encoded = [flag.encode() for flag in flags]
+        result = library.nvrtcCompileProgram(program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded))
+        if result:
+            size = ctypes.c_size_t()
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            text = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, text)
+            reason = library.nvrtcGetErrorString(result).decode()
+            raise RuntimeError(f"NVRTC {'.'.join(map(str, nvrtc_version()))}: {reason}\n{text.value.decode()}")
+        size = ctypes.c_size_t()
+        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Version of the NVRTC found, as (major, minor)."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def cache_dir() -> Path:
+    """Where machine code is kept: ``pmpd`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "pmpd" / "cubin"
+
+
+@functools.cache
+def _load(source: str, options: tuple[str, ...], architecture: str) -> Module:
+    parts = (str(CACHE_ENTRY_VERSION), source, *options, architecture, str(nvrtc_version()))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    path = cache_dir() / f"{key}.cubin"
+    if path.exists():
+        code = path.read_bytes()
+    else:
+        log.info("compiling CUDA kernels for %s %s", architecture, " ".join(options))
+        code = cubin(source, options, architecture)
+        _publish(code, path)
+    library = ctypes.c_void_p()
+    load = _driver().cuLibraryLoadData
+    _check(load(ctypes.byref(library), code, None, None, 0, None, None, 0), f"loading {path}")
+    return Module(library)
+
+
+def _publish(code: bytes, path: Path) -> None:
+    """Write by rename, so that two processes may compile the same source at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(code)
+    Path(file.name).replace(path)
+
+
+def _c_value(argument: Tensor | int | float | None) -> ctypes._SimpleCData:
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+
+
+def _check(result: int, what: str = "") -> None:
+    if result:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(result, ctypes.byref(text))
+        reason = text.value.decode() if text.value else "unknown error"
+        raise RuntimeError(f"CUDA driver error {result} ({reason}){': ' + what if what else ''}")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    if not hasattr(driver, "cuLibraryLoadData"):
+        raise RuntimeError("the NVIDIA driver is older than CUDA 12, which these kernels need: update the driver")
+    torch.cuda.init()
+    return driver
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """The library that PyTorch's wheels carry, else one that the system's loader finds."""
+    version = torch.version.cuda
+    patterns = [f"libnvrtc.so.{version.split('.')[0]}*"] if version else ["libnvrtc.so.1[2-9]"]
+    candidates = [str(path) for folder in _library_folders() for name in patterns for path in sorted(folder.glob(name))]
+    candidates += [f"libnvrtc.so.{version.split('.')[0]}"] if version else []
+    for candidate in candidates:
+        try:
+            # NVRTC opens its built-ins by name alone, which works only once they are in the process.
+            if Path(candidate).is_absolute():
+                for builtins in sorted(Path(candidate).parent.glob("libnvrtc-builtins.so.*")):
+                    ctypes.CDLL(str(builtins))
+            library = ctypes.CDLL(candidate)
+        except OSError as error:
+            log.debug("%s does not load: %s", candidate, error)
+            continue
+        library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        return library
+    raise RuntimeError(
+        f"no libnvrtc for CUDA {version or '12 or later'} found (looked for {candidates or patterns}): "
+        "install PyTorch's CUDA wheel, or the package nvidia-cuda-nvrtc of its CUDA version"
+    )
+
+
+def _library_folders() -> list[Path]:
+    """``nvidia/*/lib`` of every site that has NVIDIA's wheels, and PyTorch's own ``lib``."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in spec.submodule_search_locations or ()] if spec else []
+    return [folder for root in roots for folder in sorted(root.glob("*/lib"))] + [Path(torch.__file__).parent / "lib"]

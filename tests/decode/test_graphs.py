@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pmpd.decode import decode, prefill
+from pmpd.decode.captured import CapturedStep
+from pmpd.decode.graphs import MAX_ROWS, GraphedModel
+from pmpd.records import Schedule
+from pmpd.schedulers import Planned
+from tests.decode.plain import RoundingCell, make_prompts, plain_decode, rounded, tiny
+from tests.decode.test_loop import run, tokens_of
+from tests.tiny import FAMILIES
+
+SCHEDULE = Schedule(4, (4, 3, 2), (3, 9))
+PROMPTS = make_prompts(5, 17, 1, 30, 17)
+M = 16
+
+
+def graphed(model: nn.Module, cell: object) -> GraphedModel:
+    return GraphedModel(model, cell, CapturedStep(model))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_captured_step_is_the_models_own(tmp_path: Path, family: str) -> None:
+    model, cell = rounded(tiny(tmp_path, family))
+    prompts = make_prompts(5, 17, 30)
+    expected = [plain_decode(model, cell, p, SCHEDULE, 12) for p in prompts]
+    assert tokens_of(run(graphed(model, cell), cell, prompts, SCHEDULE, 12, []), 3) == expected
+
+
+def test_rows_leave_and_the_rest_goes_on(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    model, cell = quantised
+    endless = [plain_decode(model, cell, p, SCHEDULE, M) for p in PROMPTS]
+    eos = [endless[0][0], endless[1][4], endless[3][9]]
+    expected = [plain_decode(model, cell, p, SCHEDULE, M, eos) for p in PROMPTS]
+    assert len(set(map(len, expected))) >= 3
+    assert tokens_of(run(graphed(model, cell), cell, PROMPTS, SCHEDULE, M, eos), len(PROMPTS)) == expected
+
+
+def test_states_and_forks_take_turns(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    """Steps of several states in any order: each is told of its own sequence, and none writes into another's cache."""
+    model, cell = quantised
+    steps_of = graphed(model, cell)
+    first = prefill(steps_of, cell, PROMPTS[:2], 4, max_new_tokens=M)
+    second = prefill(steps_of, cell, PROMPTS[2:], 4, max_new_tokens=M + 300)
+    done: dict[str, list[list[int]]] = {name: [[] for _ in PROMPTS] for name in ("first", "fork", "second")}
+
+    def take(name: str, state: object, schedule: Schedule, num_tokens: int) -> None:
+        for step in decode(steps_of, cell, state, Planned(schedule), max_new_tokens=num_tokens, eos_ids=[]):  # type: ignore[arg-type]
+            for row, token in zip(step.rows.tolist(), step.tokens.tolist(), strict=True):
+                done[name][row].append(token)
+
+    other = Schedule(4, (4, 3, 2), (3, 4))  # parts where the fork is made
+    take("first", first, SCHEDULE, 5)
+    done["fork"] = [list(ids) for ids in done["first"]]
+    fork = first.fork()
+    take("second", second, SCHEDULE, 7)
+    take("fork", fork, other, 8)
+    take("first", first, SCHEDULE, M)
+    take("second", second, SCHEDULE, M)
+    take("fork", fork, other, M)
+    assert done["first"][:2] == [plain_decode(model, cell, p, SCHEDULE, M) for p in PROMPTS[:2]]
+    agree = [plain_decode(model, cell, p, other, M) for p in PROMPTS[:2]]
+    assert [ids[:5] for ids in agree] == [ids[:5] for ids in done["first"][:2]]
+    assert done["fork"][:2] == agree
+    assert done["second"][:3] == [plain_decode(model, cell, p, SCHEDULE, M) for p in PROMPTS[2:]]
+
+
+def test_a_large_batch_takes_the_models_forward(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    model, cell = quantised
+    prompts = make_prompts(*range(3, 3 + MAX_ROWS + 1))
+    expected = [plain_decode(model, cell, p, SCHEDULE, 4) for p in prompts]
+    steps = run(graphed(model, cell), cell, prompts, SCHEDULE, 4, [])
+    assert tokens_of(steps, len(prompts)) == expected
+
+
+def test_yielded_tokens_and_logits_are_not_written_over(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    model, cell = quantised
+    steps_of = graphed(model, cell)
+    state = prefill(steps_of, cell, PROMPTS[:1], 4, max_new_tokens=6)
+    kept = []
+    for step in decode(steps_of, cell, state, Planned(SCHEDULE), max_new_tokens=6, eos_ids=[]):
+        kept.append((step.tokens, state.logits, state.logits.clone()))
+    assert [int(t) for t, _, _ in kept] == plain_decode(model, cell, PROMPTS[0], SCHEDULE, 6)
+    assert all(torch.equal(now, then) for _, now, then in kept)
+
+
+def test_a_policy_sees_the_logits_before_its_step(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    class Confident:
+        """Falls to 2 bits for good once the margin of the first row is large."""
+
+        schedule = None
+        low = False
+
+        def bits(self, step: int, logits: torch.Tensor | None) -> int:
+            assert logits is not None
+            first, second = logits[0].topk(2).values
+            self.low = self.low or float(first - second) > 0.4
+            return 2 if self.low else 4
+
+    model, cell = quantised
+    results = []
+    for runner in (model, graphed(model, cell)):
+        state = prefill(runner, cell, PROMPTS[:2], 4, max_new_tokens=M)
+        steps = list(decode(runner, cell, state, Confident(), max_new_tokens=M, eos_ids=[]))
+        results.append([(step.bits, step.tokens.tolist()) for step in steps])
+    assert results[0] == results[1]
+    assert len({bits for bits, _ in results[0][1:]}) == 2, "it should have switched on the way"
+
+
+def test_a_sliding_window_is_not_captured(tmp_path: Path) -> None:
+    model = tiny(tmp_path, "mistral")
+    model.config.sliding_window = 6  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="mistral attends to a sliding window of 6 tokens"):
+        CapturedStep(model)

@@ -1,0 +1,208 @@
+"""The GPU's product against the reference in float64, which test_reference pins to the definition."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pmpd.kernels import cuda, reference
+from tests.kernels.definition import random_centroids, random_planes
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+class Case:
+    """A random weight of 8 bits in both forms."""
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        group_size: int | None = None,
+        dtype: torch.dtype = torch.float16,
+        device: str = "cuda",
+    ) -> None:
+        groups = -(-in_features // (group_size or in_features))
+        self.planes = random_planes(0, 8, out_features, in_features).to(device)
+        self.centroids = {
+            bits: random_centroids(bits, bits, out_features, groups, dtype).to(device) for bits in range(2, 9)
+        }
+        self.in_features, self.group_size, self.dtype = in_features, group_size, dtype
+        self.weight = cuda.prepare(self.planes, self.centroids, in_features, group_size, dtype)
+
+    def x(self, *shape: int, seed: int = 3) -> Tensor:
+        """With one large column, as activations have."""
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        x[..., 5] *= 30
+        return x.to(self.planes.device, self.dtype)
+
+    def exact(self, bits: int) -> Tensor:
+        tables = self.centroids[bits].double()
+        return reference.dequantize(self.planes, tables, bits, self.in_features, self.group_size)
+
+    def check(self, result: Tensor, x: Tensor, bits: int, added: Tensor | float = 0.0) -> None:
+        expected = x.double() @ self.exact(bits).T + added
+        assert result.dtype == self.dtype
+        error = (result.double() - expected).norm() / expected.norm()
+        assert error < TOLERANCE[self.dtype], f"{bits} bits: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 256), (50, 1056), (1, 32), (4099, 640), (100, 11008)])
+class TestProduct:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("bits", range(2, 9))
+    def test_every_precision(self, out_features: int, in_features: int, dtype: torch.dtype, bits: int) -> None:
+        case = Case(out_features, in_features, dtype=dtype)
+        for rows in (1, 2):
+            x = case.x(rows, in_features)
+            case.check(cuda.matmul(x, case.weight, bits), x, bits)
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 7])
+    def test_every_number_of_rows(self, out_features: int, in_features: int, dtype: torch.dtype, bits: int) -> None:
+        case = Case(out_features, in_features, dtype=dtype)
+        for rows in (3, 4, 5, 8, 9, 17, 70):
+            x = case.x(rows, in_features)
+            case.check(cuda.matmul(x, case.weight, bits), x, bits)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 96])
+@pytest.mark.parametrize("bits", range(2, 9))
+class TestGroups:
+    pytestmark = on_gpu
+
+    def test_a_group_has_its_own_table(self, bits: int, group_size: int) -> None:
+        case = Case(70, 736, group_size)
+        for rows in (1, 6, 40):
+            x = case.x(rows, 736)
+            case.check(cuda.matmul(x, case.weight, bits), x, bits)
+
+
+class TestAroundTheProduct:
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("rows", [1, 4, 11, 40])
+    @pytest.mark.parametrize("bits", [2, 3, 4, 5])
+    def test_norm_gate_residual_and_bias(self, bits: int, rows: int) -> None:
+        case = Case(96, 800)
+        x, residual, bias = case.x(rows, 800), case.x(rows, 96, seed=4), case.x(96, seed=5)
+        norm_weight = case.x(800, seed=6)
+        result = cuda.matmul(x, case.weight, bits, norm_weight=norm_weight, norm_eps=1e-2, residual=residual, bias=bias)
+        normed = functional.rms_norm(x.double(), (800,), norm_weight.double(), 1e-2)
+        case.check(result, normed, bits, residual.double() + bias.double())
+        x = case.x(rows, 1600)
+        gated = functional.silu(x[:, :800].double()) * x[:, 800:].double()
+        case.check(cuda.matmul(x, case.weight, bits, gate_up=True), gated, bits)
+
+    def test_leading_dimensions_strides_and_offsets(self) -> None:
+        case = Case(48, 256)
+        views = (case.x(2, 3, 256), case.x(256), case.x(256, 8).T, case.x(5, 257)[:, 1:], case.x(9, 512)[:, ::2])
+        for x in views:
+            case.check(cuda.matmul(x, case.weight, 3), x, 3)
+
+    def test_it_writes_where_it_is_told_and_in_place_of_the_residual(self) -> None:
+        case = Case(48, 256)
+        x, out = case.x(2, 256), case.x(2, 48, seed=4)
+        before = out.double()
+        assert cuda.matmul(x, case.weight, 4, residual=out, out=out) is out
+        case.check(out, x, 4, before)
+
+    def test_zero_and_not_finite_inputs(self) -> None:
+        case = Case(48, 256)
+        x = case.x(3, 256)
+        x[0] = 0
+        x[1, 7] = float("nan")
+        x[2, 9] = float("inf")
+        result = cuda.matmul(x, case.weight, 3)
+        assert torch.equal(result[0], torch.zeros_like(result[0]))
+        assert not result[1:].isfinite().any()
+
+    def test_on_another_stream_and_in_a_graph(self) -> None:
+        case = Case(4096, 2048)
+        x = case.x(1, 2048)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = cuda.matmul(x, case.weight, 2)
+        stream.synchronize()
+        case.check(result, x, 2)
+        graph, out = torch.cuda.CUDAGraph(), torch.empty_like(result)
+        with torch.cuda.graph(graph):
+            for bits in (4, 3):
+                cuda.matmul(x, case.weight, bits, out=out)
+        for seed in (7, 8):
+            x.copy_(case.x(1, 2048, seed=seed))
+            graph.replay()
+            case.check(out, x, 3)
+
+    def test_kernels_that_overlap_wait_for_each_others_results(self) -> None:
+        case = Case(2048, 2048)
+        x = y = case.x(1, 2048)
+        for bits in (2, 3, 4, 2, 3, 4):
+            y = cuda.matmul(y, case.weight, bits) / 64
+            z = cuda.matmul(x, case.weight, bits)
+            x = cuda.matmul(z, case.weight, bits) / 2**12
+        expected = torch.stack([case.exact(bits) for bits in (2, 3, 4)])
+        exact = case.x(1, 2048).double()
+        for bits in (0, 1, 2, 0, 1, 2):
+            exact = exact @ expected[bits].T @ expected[bits].T / 2**12
+        error = (x.double() - exact).norm() / exact.norm()
+        assert error < 20 * TOLERANCE[torch.float16]
+        assert y.isfinite().all()
+
+    def test_decoded_weights_are_the_tables_entries(self) -> None:
+        for case in (Case(50, 1056), Case(33, 640, 64, torch.bfloat16)):
+            for bits in range(2, 9):
+                decoded, exact = cuda.dequantize(case.weight, bits).double(), case.exact(bits)
+                # A table's integers keep 2**-15 of a row's range, and the dtype rounds once more.
+                assert (decoded - exact).norm() < 0.1 * TOLERANCE[case.dtype] * exact.norm() * 5
+
+    def test_it_compiles_and_exports(self) -> None:
+        case = Case(48, 256)
+        x = case.x(2, 256)
+        operand = cuda._operand(case.weight, 3)
+        arguments = (x, *vars(operand).values())
+        torch.library.opcheck(torch.ops.pmpd.nested_matmul.default, arguments)
+        compiled = torch.compile(lambda x: 2 * cuda.matmul(x, case.weight, 3), fullgraph=True, backend="aot_eager")
+        case.check(compiled(x), 2 * x, 3)
+
+    def test_repeated_products_are_bitwise_equal(self) -> None:
+        case = Case(300, 4096)
+        x = case.x(4, 4096)
+        first = cuda.matmul(x, case.weight, 4)
+        assert all(torch.equal(cuda.matmul(x, case.weight, 4), first) for _ in range(5))
+
+
+class TestRefusals:
+    pytestmark = on_gpu
+
+    def test_what_does_not_fit_is_named(self) -> None:
+        case = Case(48, 256)
+        x = case.x(2, 256)
+        with pytest.raises(ValueError, match="bits=9"):
+            cuda.matmul(x, case.weight, 9)
+        with pytest.raises(ValueError, match="bfloat16"):
+            cuda.matmul(x.bfloat16(), case.weight, 3)
+        with pytest.raises(ValueError, match="96 features"):
+            cuda.matmul(x[:, :96], case.weight, 3)
+        with pytest.raises(ValueError, match="residual must be"):
+            cuda.matmul(x, case.weight, 3, residual=x)
+        with pytest.raises(ValueError, match="out must be"):
+            cuda.matmul(x, case.weight, 3, out=x)
+        with pytest.raises(ValueError, match="exclude"):
+            cuda.matmul(case.x(2, 512), case.weight, 3, gate_up=True, norm_weight=x[0])
+
+
+def test_the_fake_gives_the_products_shape() -> None:
+    case = Case(50, 96, device="cpu")
+    operand = cuda._operand(case.weight, 3)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 3, 96, dtype=torch.float16, device="cuda")
+        result = torch.ops.pmpd.nested_matmul(x, *vars(operand).values())
+    assert result.shape == (2, 3, 50)
+    assert result.dtype == torch.float16

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+
+from pmpd.kernels import device, reference
+from tests.kernels.definition import random_centroids, random_planes
+
+
+def read(weight: device.DeviceWeight, bits: int) -> tuple[np.ndarray, set[int]]:
+    """The weights as a lane of the kernel finds them, one at a time, and which words of ``packed`` were looked at."""
+    packed, in_features = weight.packed.numpy().view(np.uint32), weight.in_features
+    tables, scales = weight.tables[bits].numpy(), weight.scales[bits].numpy()
+    tiles = -(-weight.out_features // 16)
+    values, touched = np.zeros((weight.out_features, in_features)), set()
+    for row in range(weight.out_features):
+        tile, half, g = row // 16, row % 16 // 8, row % 8
+        for column in range(in_features):
+            unit, t, p, n = column // 128, column % 128 // 32, column % 32 // 8, column % 8
+            lanes = min(4, in_features // 32 - 4 * unit)
+            slot = g * lanes + t
+            word = tile * in_features + 128 * unit + 4 * slot + 2 * half + p // 2
+            touched.add(word)
+            index = (int(packed[word]) >> (4 * n + 2 * (p % 2))) & 3
+            for plane in range(2, bits):
+                start = tiles * in_features + (plane - 2) * tiles * in_features // 2
+                word = start + tile * in_features // 2 + 64 * unit + 2 * slot + half
+                touched.add(word)
+                bit = (2, 3, 1, 0)[p] if plane == 2 else 3 - p
+                index |= ((int(packed[word]) >> (4 * n + bit)) & 1) << plane
+            entries = tables[tile, column // (weight.group_size or in_features), row % 16]
+            high, low = (entries[index], entries[(1 << bits) + index]) if bits <= 4 else entries[2 * index :][1::-1]
+            integer = int(high) * (128 if bits == 4 else 256) + int(low)
+            values[row, column] = scales[row, 0] * integer + scales[row, 1]
+    return values, touched
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "group_size"), [(16, 160, None), (21, 288, 64), (3, 32, None)])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_what_the_kernels_read_is_the_weight(
+    out_features: int, in_features: int, group_size: int | None, bits: int
+) -> None:
+    planes = random_planes(0, 8, out_features, in_features)
+    groups = -(-in_features // (group_size or in_features))
+    tables = {b: random_centroids(b, b, out_features, groups, torch.float16) for b in range(2, 9)}
+    weight = device.prepare(planes, tables, in_features, group_size, torch.float16)
+    expected = reference.dequantize(planes, tables[bits].double(), bits, in_features, group_size)
+    values, _ = read(weight, bits)
+    error = np.abs(values - expected.numpy()).max(axis=1)
+    span = tables[bits].double().amax(dim=(1, 2)) - tables[bits].double().amin(dim=(1, 2))
+    assert (error <= span.numpy() * 2.0 ** (-14.9 if bits == 4 else -16.9)).all()
+
+
+@pytest.mark.parametrize("in_features", [32, 160, 256])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bits_read_an_eighth_of_a_byte_a_weight_each_and_nothing_else(in_features: int, bits: int) -> None:
+    planes = random_planes(0, 8, 32, in_features)
+    tables = {b: random_centroids(b, b, 32, 1, torch.float16) for b in range(2, 9)}
+    weight = device.prepare(planes, tables, in_features, None, torch.float16)
+    _, touched = read(weight, bits)
+    assert touched == set(range(32 * in_features * bits // 32))  # the first words, each bit of them a weight's
+    assert weight.packed.numel() * 4 == 32 * in_features * 8 // 8
+
+
+def test_memory_is_the_planes_of_the_highest_precision_and_small_tables() -> None:
+    planes = random_planes(0, 8, 64, 4096)
+    tables = {b: random_centroids(b, b, 64, 1, torch.float16) for b in (2, 3, 4)}
+    weight = device.prepare(planes, tables, 4096, None, torch.float16)
+    assert weight.packed.numel() * 4 == 64 * 4096 * 4 // 8
+    assert weight.bytes <= 64 * (4096 * 4 // 8 + 2 * (4 + 8 + 16) + 3 * 8)
+
+
+def test_concatenated_rows_are_prepared_as_one_weight() -> None:
+    parts = [random_planes(seed, 4, 32, 128) for seed in (0, 1)]
+    tables = [{3: random_centroids(seed, 3, 32, 1, torch.float16)} for seed in (2, 3)]
+    apart = [device.prepare(p, t, 128, None, torch.float16) for p, t in zip(parts, tables, strict=True)]
+    fused = {3: torch.cat([t[3] for t in tables])}
+    together = device.prepare(torch.cat(parts, dim=1), fused, 128, None, torch.float16)
+    values = np.concatenate([read(weight, 3)[0] for weight in apart])
+    assert np.array_equal(read(together, 3)[0], values)
+
+
+def test_equal_entries_and_a_single_group_are_fine() -> None:
+    planes = random_planes(0, 2, 16, 64)
+    weight = device.prepare(planes, {2: torch.full((16, 1, 4), 0.5)}, 64, 64, torch.bfloat16)
+    assert weight.group_size is None
+    assert (read(weight, 2)[0] == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "in_features", "group_size", "dtype", "match"),
+    [
+        (3, 64, None, torch.float32, "dtype=torch.float32"),
+        (1, 64, None, torch.float16, r"bits=\[1\]"),
+        (3, 65, None, torch.float16, "in_features=65"),
+        (3, 1 << 17, None, torch.float16, "in_features=131072"),
+        (3, 64, 48, torch.float16, "group_size=48"),
+    ],
+)
+def test_what_the_kernels_do_not_do_is_refused(
+    bits: int, in_features: int, group_size: int | None, dtype: torch.dtype, match: str
+) -> None:
+    groups = -(-in_features // (group_size or in_features))
+    planes = random_planes(0, 4, 2, in_features)
+    with pytest.raises(ValueError, match=match):
+        device.prepare(planes, {bits: random_centroids(0, bits, 2, groups, dtype)}, in_features, group_size, dtype)

@@ -1,0 +1,77 @@
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmpd.kernels import cuda, nvrtc
+
+SCALE = """
+extern "C" __global__ void scale(const float* x, float* out, float factor, int n) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = FACTOR * factor * x[i];
+}
+"""
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_a_missing_library_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nvrtc, "_library_folders", lambda: [tmp_path])
+    monkeypatch.setattr(torch.version, "cuda", "99.9")
+    nvrtc._nvrtc.cache_clear()
+    with pytest.raises(RuntimeError, match=r"libnvrtc.*99.9.*install"):
+        nvrtc.cubin(SCALE, (), "sm_80")
+
+
+def test_machine_code_is_published_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "key.cubin"
+    nvrtc._publish(b"first", path)
+    nvrtc._publish(b"second", path)
+    assert path.read_bytes() == b"second"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("choices", [(2, 1, 0, 0, 0, 3, 0, 1), (4, 8, 1, 1, 0, 2, 1, 0), (7, 4, 0, 2, 1, 1, 1, 1)])
+def test_the_products_kernels_compile_without_a_device(choices: tuple[int, ...], architecture: str) -> None:
+    try:
+        nvrtc.nvrtc_version()
+    except RuntimeError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+    source = "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in cuda.SOURCES)
+    names = ("BITS", "ROWS", "BFLOAT", "PROLOGUE", "GROUPED", "STAGES", "RAGGED", "ONCE")
+    options = [f"-D{name}={value}" for name, value in zip(names, choices, strict=True)]
+    assert nvrtc.cubin(source, options, architecture)[:4] == b"\x7fELF"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_compiling_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        nvrtc.compile(SCALE)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_kernel_runs_on_the_current_stream_and_in_a_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    scale = nvrtc.compile(SCALE, ["-DFACTOR=2"])["scale"]
+    x, out = torch.randn(1000, device="cuda"), torch.empty(1000, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        scale((8,), (128,), x, out, 1.5, 1000)
+    stream.synchronize()
+    torch.testing.assert_close(out, 3 * x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scale((8,), (128,), x, out, 0.5, 1000)
+    graph.replay()
+    torch.testing.assert_close(out, x)
+    assert len(list(nvrtc.cache_dir().iterdir())) == 1
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_source_that_does_not_compile_shows_the_compilers_log() -> None:
+    with pytest.raises(RuntimeError, match="FACTOR"):
+        nvrtc.compile(SCALE)

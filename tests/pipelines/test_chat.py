@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import io
+import logging
+import re
+from pathlib import Path
+
+import pytest
+
+import pmpd
+from pipelines import chat
+
+COLOURED = re.compile(r"\x1b\[(\d+)m(.*?)\x1b\[0m", re.DOTALL)
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *arguments: str) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    chat.main(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_it_answers_every_line_of_a_pipe_in_one_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    tiny_llama: Path,
+) -> None:
+    options = ["--model", str(tiny_llama), "--store", str(tmp_path), "--device", "cpu", "--no-calibration"]
+    caplog.set_level(logging.INFO)
+    out = talk(
+        monkeypatch, capsys, "The fox?\nThe dog?\n\nNot read\n", *options, "--max-new-tokens", "7", "--switch-step", "2"
+    )
+    model = pmpd.load(tiny_llama, store=tmp_path, device="cpu", calibration=None)
+    turns: list[str] = []
+    for message in ("The fox?", "The dog?"):
+        turns.append(message)
+        pieces = list(model.generate(turns, scheduler="static", switch_step=2, max_new_tokens=7))
+        turns.append("".join(piece.text for piece in pieces))
+        assert turns[-1] in out
+        bits = [piece.bits for piece in pieces[1:]]
+        assert f"{sum(bits) / len(bits):.2f} bits on average]" in out
+    assert out.count("tokens/s") == 2
+    assert "bits save no time" in out
+    assert "\x1b[" not in out
+    assert "quantising" in caplog.text
+
+
+def test_tokens_have_the_colour_of_their_precision(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_llama: Path
+) -> None:
+    options = ["--model", str(tiny_llama), "--store", str(tmp_path), "--device", "cpu", "--no-calibration"]
+    out = talk(monkeypatch, capsys, "The fox?\n", *options, "--color", "always", "--scheduler", "3:3@2,2")
+    legend, _, rest = out.partition("legend: ")[2].partition("\n")
+    named = {text: colour for colour, text in COLOURED.findall(legend)}
+    assert next(iter(named)) == "16 bits (unquantised)"
+    model = pmpd.load(tiny_llama, store=tmp_path, device="cpu", calibration=None)
+    pieces = [p for p in model.generate(["The fox?"], scheduler="3:3@2,2") if p.text]
+    assert [(c, t) for c, t in COLOURED.findall(rest)] == [(named[f"{p.bits} bits"], p.text) for p in pieces]
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: no folder"):
+        chat.main(["--model", "./nowhere", "--store", str(tmp_path)])
+    with pytest.raises(SystemExit, match="0"):
+        chat.main(["--help"])

@@ -1,0 +1,107 @@
+"""Which machine's times a plan reads, and the GPU experiment from what a store has recorded."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from pipelines import machines
+from pipelines.gpu import COLUMNS, gpu_cell
+from pipelines.machines import npu_of, timed
+from pipelines.preflight import PreflightError, check_sources
+from pipelines.report import CONF, report
+from pipelines.schema import register
+from pmpd.artifacts import Node, Store, write_json
+from pmpd.config import Config, ConfigError, from_omegaconf
+from pmpd.stages.evaluate import RESULTS_FILE
+
+
+def cell(*lines: str) -> Config:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_omegaconf(compose("config", overrides=list(lines)))
+
+
+def node(machine: str, bits: int = 4) -> Node:
+    return Node("latency", 1, {"bits": bits, "machine": machine}, {})
+
+
+def record(store: Store, made: Node, **content: object) -> Node:
+    store.materialize(made, lambda node, inputs, out: write_json(out / RESULTS_FILE, content))
+    return made
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_this_machine_times_for_itself_and_a_report_takes_what_there_is(store, monkeypatch):
+    monkeypatch.setattr(machines, "here", lambda device: "here")
+    there = record(store, node("there"))
+    record(store, node("there", bits=3))
+    assert timed(store, "cpu", node, reading=False).key == node("here").key
+    assert timed(store, "cpu", node, reading=True).key == there.key
+    here = record(store, node("here"))
+    assert timed(store, "cpu", node, reading=True).key == here.key
+
+
+def test_without_a_gpu_its_times_are_read_or_refused(store, no_gpu):
+    with pytest.raises(ConfigError, match="no CUDA device and the store has no record"):
+        timed(store, "cuda", node, reading=False)
+    there = record(store, node("H100"))
+    assert timed(store, "cuda", node, reading=False).key == there.key
+
+
+def test_a_cell_on_a_gpu_that_is_not_there_is_refused_before_anything_runs(store, no_gpu):
+    config = cell("experiment=gpu", "model=mobilellama", f"store={store.root}")
+    with pytest.raises(ConfigError, match="hardware=npu_4k"):
+        gpu_cell(config, store)
+    with pytest.raises(ConfigError, match="hardware=gpu is not possible: an NPU"):
+        npu_of(config.hardware)
+    with pytest.raises(ConfigError, match="model=hf is not possible with report=gpu: one of vicuna7b"):
+        gpu_cell(cell("experiment=gpu", "model=hf", "model.path=x"), store)
+
+
+def test_the_gpu_report_is_what_the_store_recorded_and_names_what_is_missing(store, no_gpu, tmp_path, monkeypatch):
+    lines = ["experiment=gpu", "model=mobilellama,phi1_5", f"store={store.root}"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machines, "here", lambda device: "H100")
+    for name in ("mobilellama", "phi1_5"):
+        made = gpu_cell(cell("experiment=gpu", f"model={name}", f"store={store.root}"), store)
+        shape = {"out_features": 2048, "in_features": 2048, "forwards": 100}
+        times = [{**shape, "bits": b, "hot_us": b / 2, "flushed_us": float(b)} for b in (16, 4, 2)]
+        record(store, made.linears, machine="H100", weights="random weights", rows=times)
+        assert (made.latency is None) == (name == "phi1_5")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    missing = report(lines, tmp_path / "paper")
+    assert ["mobilellama" in m.command and "hydra.mode=RUN" in m.command for m in missing] == [True]
+    frame = pd.read_csv(tmp_path / "paper" / "results.csv")
+    assert tuple(frame.columns) == COLUMNS
+    assert set(frame.model) == {"phi1_5"}
+    hot = frame[(frame.bits == 2) & (frame.cache == "hot")].iloc[0]
+    assert (hot.value, hot.machine, hot.weights) == (1.0, "H100", "random weights")
+    text = (tmp_path / "paper" / "table.md").read_text()
+    assert "8.00x" in text
+
+
+def test_times_are_of_a_machine_its_software_and_the_code_that_is_timed():
+    found = machines.here("cpu")
+    assert found is not None
+    assert f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}, code " in found
+    assert found == machines.here("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_the_first_stage(store, no_gpu, tiny_llama):
+    lines = ["model=hf", f"model.path={tiny_llama}", "data=samples", "budget=tiny", "task.max_new_tokens=9"]
+    config = cell(*lines, "task.metrics=[rouge_l]", "scheduler=high", "hardware=gpu", f"store={store.root}")
+    with pytest.raises(PreflightError, match="the store has no record of one"):
+        check_sources(config, store)
