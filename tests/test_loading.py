@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,46 @@ def test_without_calibration_no_text_is_read(tmp_path: Path, tiny_llama: Path) -
     assert not (tmp_path / "texts").exists()
     with pytest.raises(ValueError, match="calibration='c4'"):
         pmpd.load(tiny_llama, store=tmp_path, device="cpu", calibration="c4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ({"high_bits": 5, "parent_bits": 4}, r"high_bits=5: .* both of 2\.\.4"),
+        ({"low_bits": 1}, "low_bits=1"),
+        ({"low_bits": 4}, "low_bits must be below high_bits"),
+        ({"high_bits": 6, "max_bits": 5}, r"both of 2\.\.5"),
+        ({"high_bits": 16, "keep_fp16": False}, "high_bits=16"),
+        ({"parent_bits": 9}, "parent_bits=9"),
+    ],
+)
+def test_precisions_are_checked_before_anything_is_made(
+    tmp_path: Path, tiny_llama: Path, bits: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pmpd.load(tiny_llama, store=tmp_path, device="cpu", calibration=None, **bits)
+    assert not (tmp_path / "quantize").exists()
+
+
+def test_precisions_of_a_nested_folder_are_its_own(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"store": tmp_path, "device": "cpu", "calibration": None}
+    pmpd.load(tiny_llama, parent_bits=4, high_bits=16, **options)
+    (made,) = (tmp_path / "quantize").glob("*/artifact.json")
+    monkeypatch.setattr("pmpd.loading.load_weights", lambda *_: pytest.fail("the model was read first"))
+    with pytest.raises(ValueError, match=r"high_bits=6: .* both of 2\.\.4"):
+        pmpd.load(tiny_llama, nested=made.parent, high_bits=6, **options)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_done(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"device={device}: PyTorch sees no CUDA device; use device=cpu"):
+        pmpd.load(tiny_llama, store=tmp_path / "store", device=device)
+    assert not (tmp_path / "store").exists()
 
 
 def test_originals_can_be_dropped(tmp_path: Path, tiny_llama: Path) -> None:

@@ -5,7 +5,7 @@ from pmpd.decode.cache import BufferCache
 from pmpd.decode.complete import complete, stream
 from pmpd.decode.fastest import CPU_FORWARD, FUSED_GRAPHS, fastest, graphed
 from pmpd.decode.forward import two_phase_nll, window_nll
-from pmpd.decode.loop import State, StepModel, context_limit, decode, prefill
+from pmpd.decode.loop import ContextError, State, StepModel, context_limit, decode, prefill
 from pmpd.decode.random import random_llama
 from pmpd.decode.tree import TreeStats, decode_schedules, decode_tree
 
@@ -13,6 +13,7 @@ __all__ = [
     "CPU_FORWARD",
     "FUSED_GRAPHS",
     "BufferCache",
+    "ContextError",
     "State",
     "StepModel",
     "TreeStats",

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pmpd.decode.cache import BufferCache
 from pmpd.decode.graphs import MAX_ROWS
+from pmpd.decode.llama import rope_types
 from pmpd.decode.loop import State
 
 CAPACITY_STEP = 256
@@ -44,18 +45,20 @@ class CapturedStep:
         self.layers = [_ColumnLayer(self.counters) for _ in range(config.num_hidden_layers)]
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.rows = 0
         self.columns = torch.empty(0, dtype=torch.int64, device=self.device)
         self._tenant: weakref.ref[BufferCache] | None = None
 
     def bind(self, state: State) -> bool:
         cache = state.cache
-        capacity = -(-cache.buffers[0].capacity // CAPACITY_STEP) * CAPACITY_STEP
+        needed = -(-cache.buffers[0].capacity // CAPACITY_STEP) * CAPACITY_STEP
         tenant = self._tenant() if self._tenant is not None else None
-        grows = capacity > len(self.columns)
+        grows = needed > len(self.columns) or len(state) > self.rows
         if tenant is not None and (tenant is not cache or grows):
             tenant.move(*(_like(tenant, rows=tenant.buffers[0].rows, capacity=tenant.buffers[0].capacity)))
         if grows:
-            self.keys, self.values = _like(cache, rows=MAX_ROWS, capacity=capacity)
+            self.rows, capacity = max(self.rows, len(state)), max(len(self.columns), needed)
+            self.keys, self.values = _like(cache, rows=self.rows, capacity=capacity)
             for layer, *own in zip(self.layers, self.keys, self.values, strict=True):
                 layer.keys, layer.values = own
             self.columns = torch.arange(capacity, device=self.device)
@@ -94,11 +97,13 @@ def not_capturable(config: Any) -> str | None:
     windowed = getattr(config, "sliding_window", None) is not None
     if windowed and getattr(config, "use_sliding_window", True):
         return f"{config.model_type} attends to a sliding window of {config.sliding_window} tokens"
+    if changing := sorted(kind for kind in rope_types(config) if "dynamic" in kind or kind == "longrope"):
+        return f"{config.model_type}'s rotary embedding is {', '.join(changing)}: the CPU looks at positions every step"
     return None
 
 
 class _ColumnLayer(CacheLayerMixin):
-    """A block's keys and values ``[MAX_ROWS, kv_heads, capacity, head_dim]``, written at the column that a tensor says;
+    """A block's keys and values ``[>= rows, kv_heads, capacity, head_dim]``, written at the column that a tensor says;
     all columns are given to attention, whose mask knows which are written."""
 
     is_sliding = False

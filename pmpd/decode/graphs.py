@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 
 from pmpd.decode.cache import BufferCache
 from pmpd.decode.loop import State
-from pmpd.kernels import block
+from pmpd.kernels import launch
 from pmpd.quant import PrecisionCell
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS = block.MAX_ROWS
+MAX_ROWS = launch.MAX_ROWS
 """Rows that the kernels have a fast path for; larger batches take the model's forward."""
 
 
@@ -55,6 +56,7 @@ class GraphedModel(nn.Module):
         self.max_rows = MAX_ROWS
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._cache: weakref.ref[BufferCache] | None = None
         self._place = (0, 0)
         self._last: Tensor | None = None
@@ -70,12 +72,17 @@ class GraphedModel(nn.Module):
     @torch.no_grad()
     def decode_step(self, state: State) -> tuple[Tensor, Tensor]:
         """As :meth:`pmpd.decode.loop.StepModel.decode_step`; the first at a precision and number of rows captures."""
+        assert len(state) <= self.max_rows
+        with _current(state.tokens.device):
+            return self._take(state)
+
+    def _take(self, state: State) -> tuple[Tensor, Tensor]:
         rows = len(state)
-        assert rows <= self.max_rows
         place = (rows, state.cache.length)
         if self._cache is None or self._cache() is not state.cache or self._place != place:
             if self.body.bind(state):
                 self._graphs.clear()
+                self._pool = None
             self._last = None
         if state.tokens is not self._last:
             self.body.tokens[:rows].copy_(state.tokens)
@@ -98,8 +105,14 @@ class GraphedModel(nn.Module):
         self.body.counters.copy_(counters)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        self._stream = self._stream or torch.cuda.Stream()  # PyTorch's own is of the device that captured first
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self.body.run(bits, rows)
         self._pool = graph.pool()
         log.debug("captured a step of %d rows at %d bits", rows, bits)
         return graph
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current one: kernels are launched, and graphs captured, there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -172,10 +172,16 @@ def not_fusable(config: Any) -> str | None:
     windowed = getattr(config, "sliding_window", None) is not None
     if windowed and getattr(config, "use_sliding_window", True):
         return f"it attends to a sliding window of {config.sliding_window} tokens"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in STATIC_ROPE:
-        return f"its rotary embedding is of type {rope}, whose frequencies change with the length"
+    if other := sorted(rope_types(config).difference(STATIC_ROPE)):
+        return f"its rotary embedding is of type {', '.join(other)}, not one of {', '.join(STATIC_ROPE)}"
     return None
+
+
+def rope_types(config: Any) -> set[str]:
+    """Types of the model's rotary embeddings; some models have one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
+    return {one.get("rope_type", "default") for one in by_layer or [parameters]}
 
 
 def fuse(model: Any, cell: PrecisionCell | None) -> tuple[FusedLlama, PrecisionCell | None]:

@@ -25,13 +25,14 @@ class LlamaStep:
     def __init__(self, model: FusedLlama) -> None:
         """Raises:
         ValueError: a model that :func:`no_step` names a reason against.
-        RuntimeError: as :func:`pmpd.kernels.nvrtc.compile`.
+        CudaUnavailableError, RuntimeError: as :func:`pmpd.kernels.nvrtc.compile`.
         """
         weight = model.embedding.weight
         if reason := no_step(model.config, weight.dtype):
             raise ValueError(reason)
         self.model = model
-        self.kernels = BlockKernels(model.num_heads, model.num_kv_heads, model.head_dim, weight.dtype)
+        with torch.cuda.device(weight.device):
+            self.kernels = BlockKernels(model.num_heads, model.num_kv_heads, model.head_dim, weight.dtype)
         limit = context_limit(model)
         assert limit is not None
         self.turns = rotary_table(model.rotary, limit)

@@ -91,6 +91,10 @@ class State:
         )
 
 
+class ContextError(ValueError):
+    """A prompt that does not fit the model's context together with the answer."""
+
+
 @runtime_checkable
 class StepModel(Protocol):
     """A model that has a faster way to take one decode step than its forward, for up to ``max_rows`` sequences."""
@@ -136,8 +140,8 @@ def prefill(
         pad_id: any id of the vocabulary; padding is masked.
 
     Raises:
-        ValueError: no prompts, an empty one, one that does not fit the model's context together with
-            ``max_new_tokens``, or a precision that the model does not have.
+        ContextError: a prompt that does not fit the model's context together with ``max_new_tokens``.
+        ValueError: no prompts, an empty one, or a precision that the model does not have.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
@@ -148,7 +152,7 @@ def prefill(
         if not prompt:
             raise ValueError(f"prompt {i} has no tokens")
         if limit is not None and len(prompt) + max_new_tokens > limit:
-            raise ValueError(
+            raise ContextError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} "
                 f"that is more than the model's context of {limit}"
             )

@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from pmpd.kernels import cpu, cuda, reference
+from pmpd.kernels.errors import CudaUnavailableError
 
-__all__ = ["dequantize", "nested_matmul"]
+__all__ = ["CudaUnavailableError", "dequantize", "nested_matmul"]
 
 
 def dequantize(planes: Tensor, centroids: Tensor, bits: int, in_features: int, group_size: int | None = None) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pmpd.kernels import nvrtc
+from pmpd.kernels.launch import MAX_ROWS
 
-MAX_ROWS = 8
 FIRST_COLUMNS = 2
 ADDRESSES = FIRST_COLUMNS + MAX_ROWS
 """Places in the binding, see ``block.cu``."""
@@ -38,7 +38,7 @@ class BlockKernels:
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         """Raises:
         ValueError: sizes or a dtype that :func:`not_supported` names a reason against.
-        RuntimeError: as :func:`pmpd.kernels.nvrtc.compile`.
+        CudaUnavailableError, RuntimeError: as :func:`pmpd.kernels.nvrtc.compile`.
         """
         if reason := not_supported(num_heads, num_kv_heads, head_dim, dtype):
             raise ValueError(reason)

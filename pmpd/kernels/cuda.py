@@ -31,7 +31,9 @@ from torch.nn import functional
 
 from pmpd.kernels import launch, nvrtc
 from pmpd.kernels.device import TILE, UNIT, DeviceWeight, prepare
+from pmpd.kernels.errors import CudaUnavailableError
 from pmpd.kernels.launch import MAX_ROWS, Launch
+from pmpd.kernels.reference import WORD_BITS
 
 __all__ = ["MAX_ROWS", "DeviceWeight", "dequantize", "matmul", "prepare"]
 
@@ -74,12 +76,13 @@ def matmul(
 
     Raises:
         ValueError: bits that the weight has not, or tensors that do not fit it.
-        RuntimeError: a GPU or an installation that cannot run the kernels; the message names the fix.
+        CudaUnavailableError: a GPU or an installation that cannot run the kernels; the message names the fix.
     """
     if bits not in weight.tables:
         raise ValueError(f"bits={bits} is not available; this weight has {sorted(weight.tables)}")
     if x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype}, the weight was prepared for {weight.dtype}")
+    _check_features(x, weight.in_features, weight.out_features, gate_up)
     if out is None:  # written out: torch.compile traces it
         return torch.ops.pmpd.nested_matmul(
             x,
@@ -88,6 +91,7 @@ def matmul(
             weight.scales[bits],
             bits,
             weight.out_features,
+            weight.in_features,
             weight.group_size or 0,
             norm_weight,
             norm_eps,
@@ -107,6 +111,7 @@ def _nested_matmul(
     scales: Tensor,
     bits: int,
     out_features: int,
+    in_features: int,
     group_size: int,
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
@@ -116,7 +121,7 @@ def _nested_matmul(
 ) -> Tensor:
     """As :func:`matmul`, on the tensors of a :class:`DeviceWeight`; ``group_size`` 0 for whole rows."""
     out = x.new_empty(*x.shape[:-1], out_features)
-    operand = _Operand(packed, table, scales, bits, out_features, group_size)
+    operand = _Operand(packed, table, scales, bits, out_features, in_features, group_size)
     _multiply(x, operand, _Fused(norm_weight, norm_eps, gate_up, residual, bias), out)
     return out
 
@@ -130,7 +135,7 @@ def dequantize(weight: DeviceWeight, bits: int) -> Tensor:
     """``[out, in]`` at ``bits`` bits, in the weight's dtype.
 
     Raises:
-        ValueError, RuntimeError: as :func:`matmul`.
+        ValueError, CudaUnavailableError: as :func:`matmul`.
     """
     if bits not in weight.tables:
         raise ValueError(f"bits={bits} is not available; this weight has {sorted(weight.tables)}")
@@ -148,6 +153,7 @@ class _Operand:
     scales: Tensor
     bits: int
     out_features: int
+    in_features: int
     group_size: int
 
     @property
@@ -172,18 +178,19 @@ class _Fused:
 
 def _operand(weight: DeviceWeight, bits: int) -> _Operand:
     table, scales = weight.tables[bits], weight.scales[bits]
-    return _Operand(weight.packed, table, scales, bits, weight.out_features, weight.group_size or 0)
+    return _Operand(weight.packed, table, scales, bits, weight.out_features, weight.in_features, weight.group_size or 0)
 
 
 def _multiply(x: Tensor, weight: _Operand, fused: _Fused, out: Tensor) -> None:
-    in_features = x.shape[-1] // 2 if fused.gate_up else x.shape[-1]
-    _check(x, in_features, weight, fused, out)
+    _check(x, weight, fused, out)
     rows = x.numel() // x.shape[-1]
     flat, target = _aligned(x.reshape(rows, -1)), out.view(rows, -1)
     residual = None if fused.residual is None else fused.residual.reshape(rows, -1)
     norm_weight = None if fused.norm_weight is None else _aligned(fused.norm_weight)
     with torch.cuda.device(x.device):
         if rows > MAX_LAUNCHED_ROWS:
+            if residual is not None and _share_storage(residual, target):
+                residual = residual.clone()  # the product is written before anything is added to it
             _multiply_with_tensor_cores(_before(flat, fused), weight, target)
             for term in (fused.bias, residual):
                 if term is not None:
@@ -196,10 +203,22 @@ def _multiply(x: Tensor, weight: _Operand, fused: _Fused, out: Tensor) -> None:
             first += _launch(flat[first:], weight, part, target[first:])
 
 
-def _check(x: Tensor, in_features: int, weight: _Operand, fused: _Fused, out: Tensor) -> None:
-    tiles = weight.scales.shape[0] // TILE
-    if weight.packed.numel() * 32 % (in_features * tiles * TILE) or weight.table.shape[0] != tiles:
-        raise ValueError(f"x has {in_features} features; the weight of {weight.out_features} rows has another number")
+def _check_features(x: Tensor, in_features: int, out_features: int, gate_up: bool) -> None:
+    expected = in_features * (1 + gate_up)
+    if x.shape[-1] != expected:
+        gated = f" (gate and up, {in_features} each)" if gate_up else ""
+        raise ValueError(
+            f"x has {x.shape[-1]} features; the weight [{out_features}, {in_features}] takes {expected}{gated}"
+        )
+
+
+def _check(x: Tensor, weight: _Operand, fused: _Fused, out: Tensor) -> None:
+    in_features = weight.in_features
+    _check_features(x, in_features, weight.out_features, fused.gate_up)
+    tiles = weight.table.shape[0]
+    num_planes, rest = divmod(weight.packed.numel() * WORD_BITS, in_features * tiles * TILE)
+    if rest or num_planes < weight.bits or weight.scales.shape[0] != tiles * TILE:
+        raise ValueError(f"planes, tables and scales are not those of a weight [{weight.out_features}, {in_features}]")
     if fused.norm_weight is not None and fused.gate_up:
         raise ValueError("norm_weight and gate_up exclude each other")
     result = (*x.shape[:-1], weight.out_features)
@@ -306,6 +325,10 @@ def _before(x: Tensor, fused: _Fused) -> Tensor:
     return x
 
 
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous and at a multiple of 16 bytes, as vector loads need."""
     tensor = tensor.contiguous()
@@ -335,7 +358,7 @@ def _device(index: int) -> tuple[int, int]:
     """Processors and shared memory of a block, in bytes."""
     properties = torch.cuda.get_device_properties(index)
     if (properties.major, properties.minor) < MIN_CAPABILITY:
-        raise RuntimeError(
+        raise CudaUnavailableError(
             f"{properties.name} has compute capability {properties.major}.{properties.minor}; the kernels for nested "
             f"weights need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} (Ampere) or later: use device=cpu"
         )

@@ -21,6 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pmpd.kernels.errors import CudaUnavailableError
+from pmpd.paths import user_cache
+
 log = logging.getLogger(__name__)
 
 CACHE_ENTRY_VERSION = 1
@@ -119,11 +122,11 @@ def compile(source: str, options: Sequence[str] = ()) -> Module:
         options: more NVRTC options, such as ``-DNAME=1``; architecture and language are set here.
 
     Raises:
-        RuntimeError: no CUDA device, no NVRTC, a driver older than CUDA 12, or a source that does not compile (the
-            message has the compiler's log).
+        CudaUnavailableError: no CUDA device, no NVRTC, no driver, or one older than CUDA 12.
+        RuntimeError: a source that does not compile; the message has the compiler's log.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("CUDA kernels need a CUDA device, and PyTorch sees none; use device=cpu")
+        raise CudaUnavailableError("CUDA kernels need a CUDA device, and PyTorch sees none; use device=cpu")
     major, minor = torch.cuda.get_device_capability()
     return _load(source, tuple(options), f"sm_{major}{minor}")
 
@@ -132,7 +135,8 @@ def cubin(source: str, options: Sequence[str], architecture: str) -> bytes:
     """Machine code of ``source`` for ``architecture`` (as ``sm_90``). Needs no device and no driver.
 
     Raises:
-        RuntimeError: no NVRTC, or a source that does not compile.
+        CudaUnavailableError: no NVRTC.
+        RuntimeError: a source that does not compile.
     """
     library = _nvrtc()
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space", *options]
@@ -167,9 +171,8 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def cache_dir() -> Path:
-    """Where machine code is kept: ``pmpd`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "pmpd" / "cubin"
+    """Where machine code is kept."""
+    return user_cache() / "cubin"
 
 
 @functools.cache
@@ -215,9 +218,17 @@ def _check(result: int, what: str = "") -> None:
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError as error:
+        raise CudaUnavailableError(
+            f"{name} does not load ({error}): install the NVIDIA driver, or use device=cpu"
+        ) from error
     if not hasattr(driver, "cuLibraryLoadData"):
-        raise RuntimeError("the NVIDIA driver is older than CUDA 12, which these kernels need: update the driver")
+        raise CudaUnavailableError(
+            "the NVIDIA driver is older than CUDA 12, which these kernels need: update the driver"
+        )
     torch.cuda.init()
     return driver
 
@@ -241,7 +252,7 @@ def _nvrtc() -> ctypes.CDLL:
             continue
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
         return library
-    raise RuntimeError(
+    raise CudaUnavailableError(
         f"no libnvrtc for CUDA {version or '12 or later'} found (looked for {candidates or patterns}): "
         "install PyTorch's CUDA wheel, or the package nvidia-cuda-nvrtc of its CUDA version"
     )

@@ -58,7 +58,7 @@ def _convert_gguf(file: Path, out_dir: Path) -> None:
     except (ValueError, KeyError, IndexError, OSError, RuntimeError) as error:
         raise ModelError(
             f"{file} cannot be read as a language model ({type(error).__name__}: {error}): "
-            "fetch it again, or give the folder of the original model as model.path"
+            "fetch it again, or give the folder of the original model"
         ) from error
     tokenizer.save_pretrained(out_dir)
     model.save_pretrained(out_dir)

@@ -49,7 +49,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     if kind not in CONFIG_MAPPING and not trust_remote_code:
         if "auto_map" in values:
             raise ModelError(
-                f"{folder} brings its own code for model type {kind!r}: read it, then set model.trust_remote_code=true"
+                f"{folder} brings its own code for model type {kind!r}: read it, then allow it by trust_remote_code "
+                "(model.trust_remote_code=true of a run, --trust-remote-code of a chat)"
             )
         raise ModelError(f"{folder}: this transformers knows no model type {kind!r}; a newer one may")
     try:

@@ -39,8 +39,8 @@ class TextTemplate:
         counts = (turn.count(USER), turn.count(ASSISTANT), head.count(USER) + head.count(ASSISTANT) + head.count(TURN))
         if counts != (1, 1, 0) or turn.index(USER) > turn.index(ASSISTANT):
             raise ModelError(
-                f"model.prompt={text!r} is not possible: give {TOKENIZER!r}, or text with one {USER} and then one "
-                f"{ASSISTANT}, after a {TURN} if there is one"
+                f"prompt {text!r} (model.prompt= of a run, --prompt of a chat) is not possible: give {TOKENIZER!r}, or "
+                f"text with one {USER} and then one {ASSISTANT}, after a {TURN} if there is one"
             )
         self.head = head
         self.before, rest = turn.split(USER)
@@ -76,8 +76,8 @@ class Prompter:
         """
         if template == TOKENIZER and not tokenizer.chat_template:
             raise ModelError(
-                "model.prompt=tokenizer, but this tokenizer has no chat template: give the model's prompt as text, "
-                f"for example model.prompt='USER: {USER} ASSISTANT: {ASSISTANT}</s>'"
+                "prompt 'tokenizer', but this tokenizer has no chat template: give the model's prompt as text, "
+                f"for example model.prompt='USER: {USER} ASSISTANT: {ASSISTANT}</s>' (--prompt of a chat)"
             )
         self.tokenizer = tokenizer
         self._template = None if template == TOKENIZER else TextTemplate(template)

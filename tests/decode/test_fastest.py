@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pmpd.decode.captured import CapturedStep
 from pmpd.decode.fastest import fastest
@@ -22,6 +24,20 @@ def test_on_a_cpu_a_model_is_as_it_is_and_claims_nothing(tmp_path: Path) -> None
     assert same is model
     assert same_cell is cell
     assert "bits save no time" in words
+
+
+def test_dynamic_rope_is_launched_by_the_cpu_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins for a GPU: nothing moves there."""
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: module)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    model: Any = tiny(tmp_path, "llama")
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    same, _, words = fastest(model, None, "cuda")
+    assert same is model
+    assert "launched by the CPU" in words
+    assert "no graphs for this model, so the CPU sets the pace: llama's rotary embedding is dynamic" in caplog.text
 
 
 @pytest.mark.gpu

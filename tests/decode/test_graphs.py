@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -117,3 +120,60 @@ def test_a_sliding_window_is_not_captured(tmp_path: Path) -> None:
     model.config.sliding_window = 6  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="mistral attends to a sliding window of 6 tokens"):
         CapturedStep(model)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "dynamic", "factor": 2.0}, {"full": {"rope_type": "default"}, "part": {"rope_type": "longrope"}}],
+)
+def test_a_rotary_embedding_that_waits_for_the_cpu_is_not_captured(tmp_path: Path, rope: dict[str, object]) -> None:
+    model = tiny(tmp_path, "stablelm")
+    model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0}  # type: ignore[union-attr]
+    CapturedStep(model)
+    model.config.rope_parameters = rope  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="stablelm's rotary embedding is (dynamic|longrope)"):
+        CapturedStep(model)
+
+
+def test_buffers_are_for_the_rows_that_came(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    model, cell = quantised
+    body = CapturedStep(model)
+    grown = []
+    for prompts, room in ((PROMPTS[:1], 4), (PROMPTS[:3], 4), (PROMPTS[:1], 4), (PROMPTS[:2], 400), (PROMPTS[:2], 4)):
+        state = prefill(model, cell, prompts, 4, max_new_tokens=room)
+        grown.append((body.bind(state), *body.keys[0].shape[::2]))
+    assert grown == [(True, 1, 256), (True, 3, 256), (False, 3, 256), (True, 3, 512), (False, 3, 512)]
+
+
+def test_graphs_of_moved_buffers_go_with_their_memory(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    model, cell = quantised
+    steps_of = graphed(model, cell)
+    steps_of._graphs[4, 1] = steps_of._pool = object()  # type: ignore[assignment]
+    run(steps_of, cell, PROMPTS[:1], SCHEDULE, 3, [])
+    assert not steps_of._graphs
+    assert steps_of._pool is None
+
+
+def test_steps_are_taken_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for a second GPU: what is bound, captured and replayed must find it to be the current one."""
+    entered: list[torch.device] = []
+    seen: list[tuple[str, list[torch.device]]] = []
+
+    @contextmanager
+    def device(which: torch.device) -> Iterator[None]:
+        entered.append(which)
+        yield
+        entered.remove(which)
+
+    def note(what: str, result: object) -> object:
+        return lambda *_: (seen.append((what, list(entered))), result)[1]
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    body, state, graph = MagicMock(), MagicMock(bits=4, tokens=MagicMock(is_cuda=True)), MagicMock()
+    state.__len__.return_value = 1
+    state.tokens.device = torch.device("cuda:1")
+    body.bind, graph.replay = note("bind", False), note("replay", None)
+    steps_of = GraphedModel(nn.Identity(), None, body)
+    monkeypatch.setattr(steps_of, "_capture", note("capture", graph))
+    steps_of.decode_step(state)
+    assert seen == [(what, [torch.device("cuda:1")]) for what in ("bind", "capture", "replay")]

@@ -1,10 +1,14 @@
 """The GPU's product against the reference in float64, which test_reference pins to the definition."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pmpd import kernels
 from pmpd.kernels import cuda, reference
 from tests.kernels.definition import random_centroids, random_planes
 
@@ -105,9 +109,10 @@ class TestAroundTheProduct:
         for x in views:
             case.check(cuda.matmul(x, case.weight, 3), x, 3)
 
-    def test_it_writes_where_it_is_told_and_in_place_of_the_residual(self) -> None:
+    @pytest.mark.parametrize("rows", [2, 40])
+    def test_it_writes_where_it_is_told_and_in_place_of_the_residual(self, rows: int) -> None:
         case = Case(48, 256)
-        x, out = case.x(2, 256), case.x(2, 48, seed=4)
+        x, out = case.x(rows, 256), case.x(rows, 48, seed=4)
         before = out.double()
         assert cuda.matmul(x, case.weight, 4, residual=out, out=out) is out
         case.check(out, x, 4, before)
@@ -188,14 +193,65 @@ class TestRefusals:
             cuda.matmul(x, case.weight, 9)
         with pytest.raises(ValueError, match="bfloat16"):
             cuda.matmul(x.bfloat16(), case.weight, 3)
-        with pytest.raises(ValueError, match="96 features"):
-            cuda.matmul(x[:, :96], case.weight, 3)
+        operand = cuda._operand(case.weight, 3)
+        with pytest.raises(ValueError, match="128 features"):
+            torch.ops.pmpd.nested_matmul(x[:, :128], *vars(operand).values())
         with pytest.raises(ValueError, match="residual must be"):
             cuda.matmul(x, case.weight, 3, residual=x)
         with pytest.raises(ValueError, match="out must be"):
             cuda.matmul(x, case.weight, 3, out=x)
         with pytest.raises(ValueError, match="exclude"):
             cuda.matmul(case.x(2, 512), case.weight, 3, gate_up=True, norm_weight=x[0])
+
+
+@pytest.mark.parametrize("rows", [33, 40])
+def test_many_rows_are_added_to_a_residual_that_is_written_over(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(50, 96, device="cpu")
+
+    def decode(weight: object, first_row: int, out: Tensor) -> None:
+        out.copy_(case.exact(3)[first_row : first_row + len(out)])
+
+    monkeypatch.setattr(cuda, "_decode", decode)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    x, bias = case.x(rows, 96), case.x(50, seed=5)
+    for overwritten in (True, False):
+        residual = case.x(rows, 50, seed=4)
+        added = residual.double() + bias.double()
+        out = residual if overwritten else torch.empty_like(residual)
+        assert cuda.matmul(x, case.weight, 3, residual=residual, bias=bias, out=out) is out
+        case.check(out, x, 3, added)
+
+
+@pytest.mark.parametrize("features", [32, 48, 192, 193])
+def test_inputs_of_another_width_are_refused(features: int) -> None:
+    case = Case(32, 96, device="cpu")
+    x = case.x(2, features)
+    with pytest.raises(ValueError, match=rf"x has {features} features; the weight \[32, 96\] takes 96"):
+        cuda.matmul(x, case.weight, 3)
+    with pytest.raises(ValueError, match=rf"x has {features} features"):
+        cuda._multiply(x, cuda._operand(case.weight, 3), cuda._Fused(), x.new_empty(2, 32))
+    if features != 192:
+        with pytest.raises(ValueError, match="takes 192"):
+            cuda.matmul(x, case.weight, 3, gate_up=True)
+
+
+def test_tensors_that_are_not_of_one_weight_are_refused() -> None:
+    case, x = Case(32, 96, device="cpu"), torch.zeros(2, 192, dtype=torch.float16)
+    packed, table, scales, bits, out_features, in_features, group = vars(cuda._operand(case.weight, 3)).values()
+    for wrong in (
+        cuda._Operand(packed[:-1], table, scales, bits, out_features, in_features, group),
+        cuda._Operand(packed[: packed.numel() // 4], table, scales, bits, out_features, in_features, group),
+        cuda._Operand(packed, table, scales[:16], bits, out_features, in_features, group),
+    ):
+        with pytest.raises(ValueError, match="not those of a weight"):
+            cuda._multiply(x[:, :96], wrong, cuda._Fused(), x.new_empty(2, 32))
+
+
+def test_a_gpu_that_is_too_old_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="Tesla T4", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    with pytest.raises(kernels.CudaUnavailableError, match=r"Tesla T4 has compute capability 7\.5.*use device=cpu"):
+        cuda._device.__wrapped__(0)
 
 
 def test_the_fake_gives_the_products_shape() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pmpd.kernels import cuda, nvrtc
+from pmpd.kernels import CudaUnavailableError, cuda, nvrtc
 
 SCALE = """
 extern "C" __global__ void scale(const float* x, float* out, float factor, int n) {
@@ -19,8 +19,23 @@ def test_a_missing_library_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(nvrtc, "_library_folders", lambda: [tmp_path])
     monkeypatch.setattr(torch.version, "cuda", "99.9")
     nvrtc._nvrtc.cache_clear()
-    with pytest.raises(RuntimeError, match=r"libnvrtc.*99.9.*install"):
+    with pytest.raises(CudaUnavailableError, match=r"libnvrtc.*99.9.*install"):
         nvrtc.cubin(SCALE, (), "sm_80")
+
+
+def test_a_missing_driver_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    with pytest.raises(CudaUnavailableError, match=r"libcuda.so.1 does not load.*install the NVIDIA driver"):
+        nvrtc._driver.__wrapped__()
+
+
+def test_an_old_driver_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    with pytest.raises(CudaUnavailableError, match=r"older than CUDA 12.*update the driver"):
+        nvrtc._driver.__wrapped__()
 
 
 def test_machine_code_is_published_whole(tmp_path: Path) -> None:
@@ -46,7 +61,7 @@ def test_the_products_kernels_compile_without_a_device(choices: tuple[int, ...],
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_compiling_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="CUDA device"):
+    with pytest.raises(CudaUnavailableError, match="CUDA device"):
         nvrtc.compile(SCALE)
 
 

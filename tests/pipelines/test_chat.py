@@ -9,6 +9,7 @@ import pytest
 
 import pmpd
 from pipelines import chat
+from pmpd.kernels import CudaUnavailableError
 
 COLOURED = re.compile(r"\x1b\[(\d+)m(.*?)\x1b\[0m", re.DOTALL)
 
@@ -64,3 +65,44 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         chat.main(["--model", "./nowhere", "--store", str(tmp_path)])
     with pytest.raises(SystemExit, match="0"):
         chat.main(["--help"])
+
+
+def test_a_gpu_that_cannot_run_the_kernels_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise CudaUnavailableError("Tesla T4 is too old: use device=cpu")
+
+    monkeypatch.setattr(pmpd, "load", refuse)
+    with pytest.raises(SystemExit, match="error: Tesla T4 is too old"):
+        chat.main([])
+
+
+def test_a_scheduler_that_there_is_not_is_said_before_a_message_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path
+) -> None:
+    options = ["--model", str(tiny_llama), "--store", str(tmp_path), "--device", "cpu", "--no-calibration"]
+    monkeypatch.setattr(chat, "messages", lambda prompt: pytest.fail("a message was asked for"))
+    with pytest.raises(SystemExit, match="'losless' is none of fp16"):
+        chat.main([*options, "--scheduler", "losless"])
+    with pytest.raises(SystemExit, match=r"needs \[7\] bits.*--max-bits"):
+        chat.main([*options, "--scheduler", "7:7", "--max-bits", "5"])
+
+
+def test_every_flag_that_a_hint_names_is_there() -> None:
+    flags = ["--model", "--max-bits", "--keep-fp16", "--trust-remote-code", "--device", "--prompt"]
+    assert set(flags) <= set(chat.parser()._option_string_actions)
+
+
+def test_a_conversation_that_outgrows_the_context_starts_anew(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_llama: Path
+) -> None:
+    options = ["--model", str(tiny_llama), "--store", str(tmp_path), "--device", "cpu", "--no-calibration"]
+    options += ["--max-new-tokens", "5"]
+    too_long = "The lazy dog. " * 200
+    out = talk(monkeypatch, capsys, f"The fox?\n{too_long}\nThe fox?\n", *options)
+    first, _, refused = out.partition("legend")[2].partition("[no answer: ")
+    assert "more than the model's context of 512. The next message starts a new conversation]" in refused
+    model = pmpd.load(tiny_llama, store=tmp_path, device="cpu", calibration=None)
+    text = "".join(piece.text for piece in model.generate(["The fox?"], max_new_tokens=5))
+    assert text in first
+    assert text in refused.partition("new conversation]")[2]
+    assert out.count("tokens/s") == 2

@@ -13,11 +13,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 
+from pipelines import run as run_module
 from pipelines.plan import MissingSearchError, Planner
 from pipelines.preflight import PreflightError
 from pipelines.report import CONF, grid_of, report
@@ -25,6 +28,7 @@ from pipelines.run import run_cell
 from pipelines.schema import register
 from pmpd.artifacts import Store
 from pmpd.config import Config, ConfigError, from_omegaconf
+from pmpd.kernels import CudaUnavailableError
 from pmpd.records import Schedule
 from pmpd.report import COLUMNS
 from pmpd.stages.inputs import read_samples
@@ -345,3 +349,20 @@ def test_a_users_mistake_is_one_line_not_a_traceback(tmp_path):
     said = done.stdout + done.stderr
     assert "model.low_bits=7" in said
     assert "Traceback" not in said
+
+
+def test_a_gpu_that_cannot_run_the_kernels_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CudaUnavailableError("Tesla T4 is too old: use device=cpu")
+
+    monkeypatch.setattr(run_module, "run_cell", refuse)
+    hydra = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(tmp_path)), mode=RunMode.RUN)
+    monkeypatch.setattr(run_module, "HydraConfig", SimpleNamespace(get=lambda: hydra))
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose("config", overrides=overrides(tmp_path, tmp_path))
+    with pytest.raises(SystemExit, match="1"):
+        run_module.main.__wrapped__(node)
+    assert "error: Tesla T4 is too old: use device=cpu" in caplog.text
