@@ -5,11 +5,24 @@ Owns the buffers of every block. Knows neither prompts nor padding: a position i
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+def with_cache(model: nn.Module, cache: Cache) -> dict[str, Any]:
+    """``cache`` under the name that the forward of ``model`` has for it (``transformers`` 5.24 renamed it)."""
+    return {_cache_argument(type(model)): cache}
+
+
+@functools.cache
+def _cache_argument(model_type: Any) -> str:
+    return "cache" if "cache" in inspect.signature(model_type.forward).parameters else "past_key_values"
 
 
 class BufferLayer(CacheLayerMixin):

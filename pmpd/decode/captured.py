@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from pmpd.decode.cache import BufferCache
+from pmpd.decode.cache import BufferCache, with_cache
 from pmpd.decode.graphs import MAX_ROWS
 from pmpd.decode.llama import rope_types
 from pmpd.decode.loop import State
@@ -79,9 +79,9 @@ class CapturedStep:
             input_ids=self.tokens[:rows, None],
             position_ids=self.counters - starts,
             attention_mask=seen[:, None, None],
-            past_key_values=Cache(layers=[*self.layers]),
             use_cache=True,
             logits_to_keep=1,
+            **with_cache(self.model, Cache(layers=[*self.layers])),
         )
         self.logits[:rows] = output.logits[:, -1]
         self.tokens[:rows] = output.logits[:, -1].argmax(-1)

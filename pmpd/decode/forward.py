@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pmpd.decode.cache import with_cache
 from pmpd.decode.loop import empty_cache, set_bits
 from pmpd.metrics import token_nll
 from pmpd.quant import PrecisionCell
@@ -67,8 +68,8 @@ def two_phase_nll(
         part = windows[start : start + batch_size].to(device)
         cache = empty_cache(model, num_tokens - 1)
         set_bits(cell, prefill_bits)
-        model(input_ids=part[:, :split], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part[:, :split], use_cache=True, logits_to_keep=1, **with_cache(model, cache))
         set_bits(cell, decode_bits)
-        logits = model(input_ids=part[:, split:-1], past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=part[:, split:-1], use_cache=True, **with_cache(model, cache)).logits
         total += token_nll(logits, part[:, split + 1 :])
     return total, num_windows * (num_tokens - split - 1)

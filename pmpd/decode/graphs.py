@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from pmpd.decode.cache import BufferCache
+from pmpd.decode.cache import BufferCache, with_cache
 from pmpd.decode.loop import State
 from pmpd.kernels import launch
 from pmpd.quant import PrecisionCell
@@ -65,8 +66,10 @@ class GraphedModel(nn.Module):
     def config(self) -> Any:
         return self.model.config
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
         """The model's own."""
+        if cache is not None:
+            kwargs |= with_cache(self.model, cache)
         return self.model(*args, **kwargs)
 
     @torch.no_grad()

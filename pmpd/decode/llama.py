@@ -85,7 +85,7 @@ class FusedLlama(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: BufferCache | None = None,
+        cache: BufferCache | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
@@ -94,12 +94,12 @@ class FusedLlama(nn.Module):
         Args:
             position_ids: int64 ``[rows, n]``; None counts on from the columns in use.
             attention_mask: bool ``[rows, columns in use + n]``, False at padding; None if there is none.
-            past_key_values: the cache; None to read ``input_ids`` alone.
+            cache: the cache; None to read ``input_ids`` alone.
             use_cache: of no effect; the cache decides.
             logits_to_keep: last positions to give logits of; 0 for all.
         """
         num_rows, n = input_ids.shape
-        used = 0 if past_key_values is None else past_key_values.length
+        used = 0 if cache is None else cache.length
         if position_ids is None:
             position_ids = torch.arange(used, used + n, device=input_ids.device)[None]
         hidden = self.embedding(input_ids)
@@ -110,8 +110,8 @@ class FusedLlama(nn.Module):
             heads = qkv.view(num_rows, n, -1, self.head_dim).transpose(1, 2)
             q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, index)
+            if cache is not None:
+                k, v = cache.update(k, v, index)
             attended = functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=self.num_heads > self.num_kv_heads
             )

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from pmpd.decode.cache import BufferCache
+from pmpd.decode.cache import BufferCache, with_cache
 from pmpd.quant import PrecisionCell
 from pmpd.records import FP16_BITS, Prefill, Step
 from pmpd.schedulers import Policy
@@ -241,9 +241,9 @@ def _forward(
         input_ids=tokens,
         position_ids=positions,
         attention_mask=None if mask is None else mask[:, : cache.length + tokens.shape[1]],
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **with_cache(model, cache),
     )
     logits: Tensor = output.logits[:, -1]
     return logits

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from pmpd.decode.cache import with_cache
 from pmpd.records import Schedule
 from tests.tiny import VOCAB_SIZE, tiny_model_dir
 
@@ -70,7 +71,7 @@ def plain_decode(
     def forward(tokens: Sequence[int], bits: int) -> int:
         if cell is not None:
             cell.bits = bits
-        return int(model(torch.tensor([list(tokens)]), past_key_values=cache).logits[0, -1].argmax())
+        return int(model(torch.tensor([list(tokens)]), **with_cache(model, cache)).logits[0, -1].argmax())
 
     cache = DynamicCache(config=model.config)
     generated = [forward(prompt, schedule.prefill_bits)]

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from pmpd.decode import BufferCache
+from pmpd.decode.cache import with_cache
 
 
 def states(rows: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -69,3 +70,17 @@ def test_keep_moves_rows_in_place() -> None:
     assert all(torch.equal(a, b[[0, 3, 2]]) for a, b in zip(contents(cache), before, strict=True))
     keys, _ = cache.update(*states(3, 1, 5), 0)
     assert keys.shape == (3, 2, 6, 4)
+
+
+def test_a_cache_goes_in_under_the_name_that_the_forward_has() -> None:
+    class Old(nn.Module):
+        def forward(self, input_ids, past_key_values=None):
+            return past_key_values
+
+    class New(nn.Module):
+        def forward(self, input_ids, cache=None):
+            return cache
+
+    cache = BufferCache.empty(1, 4)
+    for model in (Old(), New()):
+        assert model(None, **with_cache(model, cache)) is cache

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from pmpd.decode import two_phase_nll, window_nll
+from pmpd.decode.cache import with_cache
 from tests.decode.plain import RoundingCell, make_prompts
 
 Quantised = tuple[nn.Module, RoundingCell]
@@ -40,10 +41,10 @@ def test_two_phases_equal_step_by_step_decoding(quantised: Quantised, split: int
     for window in WINDOWS:
         cache = DynamicCache(config=model.config)
         cell.bits = 4
-        model(window[None, :split], past_key_values=cache)
+        model(window[None, :split], **with_cache(model, cache))
         cell.bits = 2
         for t in range(split, 23):
-            logits = model(window[None, t : t + 1], past_key_values=cache).logits[0, -1]
+            logits = model(window[None, t : t + 1], **with_cache(model, cache)).logits[0, -1]
             expected += nll(logits, int(window[t + 1]))
     total, count = two_phase_nll(model, cell, WINDOWS, split, 4, 2, batch_size=batch_size)
     assert count == 5 * (23 - split)

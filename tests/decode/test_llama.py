@@ -117,7 +117,7 @@ def test_it_reads_windows_without_a_cache_and_goes_on_over_one(tmp_path: Path) -
         fused, _ = fuse(model, None)
         torch.testing.assert_close(fused(input_ids=ids).logits, expected, rtol=0, atol=1e-10)
         cache = BufferCache.empty(3, 24)
-        parts = [fused(input_ids=part, past_key_values=cache).logits for part in ids.split([9, 14, 1], dim=1)]
+        parts = [fused(input_ids=part, cache=cache).logits for part in ids.split([9, 14, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-10)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from pmpd.decode import BufferCache, decode, prefill, stream
+from pmpd.decode.cache import with_cache
 from pmpd.decode.captured import CapturedStep
 from pmpd.decode.graphs import GraphedModel
 from pmpd.decode.llama import FusedLlama, fuse
@@ -90,7 +91,7 @@ def exact_logits(model: Any, cell: Any, prompt: list[int], tokens: list[int], sc
     with torch.no_grad():
         for step, ids in enumerate([prompt, *([t] for t in tokens)]):
             cell.bits = schedule.bits_at(step) if step else schedule.prefill_bits
-            rows.append(model(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0, -1])
+            rows.append(model(input_ids=torch.tensor([ids]), **with_cache(model, cache)).logits[0, -1])
     return torch.stack(rows)
 
 
