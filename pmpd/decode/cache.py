@@ -17,11 +17,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 def with_cache(model: nn.Module, cache: Cache) -> dict[str, Any]:
     """``cache`` under the name that the forward of ``model`` has for it (``transformers`` 5.24 renamed it)."""
-    return {_cache_argument(type(model)): cache}
+    return {_cache_argument(type(model)): cache}  # type: ignore[arg-type]
 
 
 @functools.cache
-def _cache_argument(model_type: Any) -> str:
+def _cache_argument(model_type: type[nn.Module]) -> str:
     return "cache" if "cache" in inspect.signature(model_type.forward).parameters else "past_key_values"
 
 
