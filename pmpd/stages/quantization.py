@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pmpd.artifacts import write_tensors
@@ -92,7 +91,8 @@ def _quantize(
 ) -> None:
     """One safetensors shard a block, of each layer's weight and the tensor that ``statistics`` has of its name.
 
-    Memory is bounded by a block's statistics. A shard that a killed run finished is kept.
+    Memory is bounded by a layer and a block's packed result: weights and statistics are read a tensor at a time. A
+    shard that a killed run finished is kept.
     """
     weights = LazyWeights(model)
     blocks = by_block(linear_names(model, trust_remote_code))
@@ -102,9 +102,10 @@ def _quantize(
         file = out / shard(block)
         if not file.exists():
             tensors: dict[str, Tensor] = {}
-            weighting = load_file(statistics / shard(block)) if statistics is not None else {}
+            weighting = None if statistics is None else safe_open(statistics / shard(block), framework="pt")
             for name in names:
-                tensors |= quantize(weights.weight(name), weighting.get(name)).to_tensors(name)
+                own = None if weighting is None else weighting.get_tensor(name)
+                tensors |= quantize(weights.weight(name), own).to_tensors(name)
             write_tensors(file, tensors)
         stored_bytes += file.stat().st_size
         with safe_open(file, framework="pt") as stored:
