@@ -10,11 +10,14 @@ from hydra import compose, initialize_config_dir
 from pipelines import machines
 from pipelines.gpu import COLUMNS, gpu_cell
 from pipelines.machines import npu_of, timed
+from pipelines.plan import Planner
 from pipelines.preflight import PreflightError, check_sources
 from pipelines.report import CONF, report
+from pipelines.run import run_cell
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, write_json
 from pmpd.config import Config, ConfigError, from_omegaconf
+from pmpd.stages.base import write_summary
 from pmpd.stages.evaluate import RESULTS_FILE
 
 
@@ -105,3 +108,45 @@ def test_a_gpu_that_is_not_there_is_refused_before_the_first_stage(store, no_gpu
     config = cell(*lines, "task.metrics=[rouge_l]", "scheduler=high", "hardware=gpu", f"store={store.root}")
     with pytest.raises(PreflightError, match="the store has no record of one"):
         check_sources(config, store)
+
+
+def test_a_cell_with_recorded_gpu_times_runs_whole_without_a_gpu(store, tiny_llama, tmp_path, monkeypatch):
+    lines = ["model=hf", f"model.path={tiny_llama}", "model.dtype=float32", "model.high_bits=4", "model.low_bits=2"]
+    lines += ["data=samples", "budget=tiny", "task.overlong=truncate", "task.max_new_tokens=9", "tracking=disabled"]
+    lines += ["task.metrics=[rouge_l]", "scheduler=static", "scheduler.switch_step=3", "hardware=gpu", "device=cpu"]
+    config = cell(*lines, f"store={store.root}")
+    with monkeypatch.context() as patch:
+        patch.setattr(machines, "here", lambda device: "H100")
+        planned = Planner(config, store).cell()
+    assert planned.latency.config["runtime"] == {"dtype": "float16", "device": "cuda", "trust_remote_code": False}
+    steps = [{"bits": b, "context_tokens": 32, "median_ms": ms} for b, ms in ((16, 4.0), (4, 2.0), (2, 1.0))]
+    steps = [{**row, "p10_ms": row["median_ms"], "p90_ms": row["median_ms"], "num_steps": 12} for row in steps]
+    weights = {"machine": "H100", "engine": "graphs", "weights": "the model's weights"}
+    products = [
+        {"out_features": 64, "in_features": 64, "forwards": 100, "bits": b, "hot_us": b / 2, "flushed_us": float(b)}
+        for b in (16, 4, 2)
+    ]
+    for made, rows in ((planned.latency, steps), (planned.linears, products)):
+        put(store, made, {**weights, "rows": rows})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run_cell(config, tmp_path / "out", "0")
+    frame = pd.read_csv(tmp_path / "out" / "results.csv")
+    own = frame[frame.scheduler == "static"].set_index("metric")
+    # Eight steps: three at 2 ms, five at 1 ms; a sequence that ends early has only the first of them.
+    assert 4 / 2 <= own.loc["gpu_decode_speedup", "value"] <= 8 * 4 / (3 * 2 + 5)
+    assert own.loc["gpu_decode_speedup", "value"] == pytest.approx(2 * own.loc["gpu_decode_speedup_over_high", "value"])
+    assert own.loc["linear_64x64_2_bits_hot", "value"] == 1.0
+    assert "on H100, measured steps; graphs" in own.loc["gpu_decode_throughput", "unit"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "GPU over high" in text
+    assert "64 x 64" in text
+    assert "NPU" not in text
+
+
+def put(store: Store, node: Node, content: dict[str, object]) -> None:
+    """Publish ``node`` as if it had been built elsewhere: its inputs stay to be made."""
+    work = store.work(node)
+    work.mkdir(parents=True)
+    write_json(work / RESULTS_FILE, content)
+    write_summary(work, {})
+    store._publish(node, work, 0.0)
