@@ -316,7 +316,15 @@ def identical(one: Path, two: Path) -> int:
 def test_a_run_stopped_in_a_stage_goes_on_and_ends_bit_identical(tiny_llama, tmp_path, store, how):
     lines = overrides(tiny_llama, tmp_path / "store", "scheduler=high", f"hydra.run.dir={tmp_path / 'out'}")
     command = [sys.executable, "pipelines/run.py", *lines]
-    victim = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    victim = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A job that a shell started in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "store").glob("quantize/*.work")) and time.monotonic() < deadline:
         time.sleep(0.02)
