@@ -257,8 +257,3 @@ class Architecture:
     head_dim: int
     linear_shapes: tuple[tuple[int, int], ...]
     vocab_size: int
-
-    @property
-    def block_parameters(self) -> int:
-        """Weights in one block's linear layers."""
-        return sum(out * in_ for out, in_ in self.linear_shapes)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from pmpd.quant.gradients import backward_over, frozen
 
 
 def accumulate_moments(
@@ -41,31 +42,15 @@ def accumulate_moments(
         if layer.weight.dtype == torch.float16:
             raise ValueError(f"{name} is float16, whose gradients underflow; load the model in float32 or bfloat16")
     sums = {name: torch.zeros(2 * [layer.in_features], device=layer.weight.device) for name, layer in layers.items()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = model.training
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     handles = [embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())]
     handles += [layer.register_forward_hook(_watch(sums[name])) for name, layer in layers.items()]
-    model.eval()
-    model.requires_grad_(False)
-    num_windows = 0
     try:
-        with torch.enable_grad():
-            for window in windows:
-                if window.dim() != 1 or len(window) < 2:
-                    raise ValueError(f"a window must be [tokens] with at least 2 tokens, got {list(window.shape)}")
-                ids = window.to(embeddings.weight.device)
-                logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-                functional.cross_entropy(logits.float(), ids[1:]).backward()
-                num_windows += 1
+        with frozen(model):
+            backward_over(model, windows)
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        model.train(training)
-    if num_windows == 0:
-        raise ValueError("windows is empty: a moment needs at least one calibration window")
     for name, total in sums.items():
         scale = total.diagonal().mean()
         if not torch.isfinite(total).all():

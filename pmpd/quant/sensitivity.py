@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
+
+from pmpd.quant.gradients import backward_over, frozen
 
 
 def accumulate(
@@ -42,17 +43,8 @@ def accumulate(
         if layer.weight.dtype == torch.float16:
             raise ValueError(f"{name} is float16, whose gradients underflow; load the model in float32 or bfloat16")
     sums = {name: torch.zeros_like(layer.weight, dtype=torch.float32) for name, layer in layers.items()}
-    num_windows = 0
-    with _gradients_of(model, layers, sums):
-        for window in tqdm(windows, desc="sensitivity", unit="window", disable=not progress):
-            if window.dim() != 1 or len(window) < 2:
-                raise ValueError(f"a window must be [tokens] with at least 2 tokens, got {list(window.shape)}")
-            ids = window.to(next(model.parameters()).device)
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            functional.cross_entropy(logits.float(), ids[1:]).backward()
-            num_windows += 1
-    if num_windows == 0:
-        raise ValueError("windows is empty: sensitivity needs at least one calibration window")
+    with frozen(model), _squares_of(layers, sums):
+        num_windows = backward_over(model, tqdm(windows, desc="sensitivity", unit="window", disable=not progress))
     for name, total in sums.items():
         total /= num_windows
         if not torch.isfinite(total).all():
@@ -61,10 +53,8 @@ def accumulate(
 
 
 @contextmanager
-def _gradients_of(model: nn.Module, layers: Mapping[str, nn.Linear], sums: Mapping[str, Tensor]) -> Iterator[None]:
+def _squares_of(layers: Mapping[str, nn.Linear], sums: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it, a backward pass adds the squared gradients of ``layers`` to ``sums`` and leaves none behind."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = model.training
 
     def square_into(total: Tensor) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -75,19 +65,12 @@ def _gradients_of(model: nn.Module, layers: Mapping[str, nn.Linear], sums: Mappi
 
         return hook
 
-    model.eval()
-    for parameter in flags:
-        parameter.requires_grad_(False)
-    hooks = []
+    handles = []
     for name, layer in layers.items():
         layer.weight.requires_grad_(True)
-        hooks.append(layer.weight.register_post_accumulate_grad_hook(square_into(sums[name])))
+        handles.append(layer.weight.register_post_accumulate_grad_hook(square_into(sums[name])))
     try:
-        with torch.enable_grad():
-            yield
+        yield
     finally:
-        for handle in hooks:
+        for handle in handles:
             handle.remove()
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        model.train(training)

@@ -74,7 +74,9 @@ def test_the_architecture_counts_the_weights_of_the_blocks(tmp_path: Path, famil
     folder = tiny_model_dir(tmp_path, family)
     shape = architecture(folder)
     matrices = [p for n, p in load_model(folder, torch.float32).named_parameters() if ".layers." in n and p.dim() == 2]
-    assert shape.num_layers * shape.block_parameters == sum(p.numel() for p in matrices)
+    assert shape.num_layers * sum(rows * columns for rows, columns in shape.linear_shapes) == sum(
+        p.numel() for p in matrices
+    )
 
 
 def test_a_gemma_head_is_as_wide_as_its_config_says(tmp_path: Path) -> None:
