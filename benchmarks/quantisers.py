@@ -122,7 +122,7 @@ def measure(
         own = answers(model, cell, prompts, prompter, bits)
         agreement = 100 * sum(rouge_l(a, [b]) for a, b in zip(own, fp16, strict=True)) / len(own)
     for corpus, cut in corpora.items():
-        yield corpus, perplexity(*window_nll(model, cell, cut, bits, batch_size=2)), agreement
+        yield corpus, perplexity(window_nll(model, cell, cut, bits, batch_size=2)), agreement
 
 
 def main() -> None:
