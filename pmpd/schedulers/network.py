@@ -136,7 +136,7 @@ class LearnedNetwork(nn.Module):
                 found = None if activations is None else tuple(activations.shape[1:])
                 raise ValueError(f"activations are {found}, the scheduler was trained for {expected}: another model's?")
             mean, variance = activations.float().unbind(2)
-            # Variance over positions and channels: the mean of a channel's variance and the variance of channels' means.
+            # Over positions and channels at once: the mean of channels' variances and the variance of their means.
             total = variance.mean(-1) + mean.var(-1, correction=0)
             # Blocks differ by orders of magnitude: logarithms are comparable.
             views = {"last_mean": mean[:, -1], "all_statistics": torch.cat([mean.mean(-1), (total + 1e-6).log()], 1)}
