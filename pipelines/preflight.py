@@ -13,7 +13,7 @@ import torch
 from pipelines.plan import Cell, MissingSearchError, Planner
 from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Node, Store
-from pmpd.config import Config, ConfigError, GpuConfig, Metric, SchedulerKind, Solver
+from pmpd.config import Config, ConfigError, GpuConfig, Metric, SchedulerKind, Solver, given_steps
 from pmpd.models import resolve
 from pmpd.stages import STAGES
 from pmpd.stages.inputs import model_input
@@ -37,7 +37,7 @@ def check_sources(config: Config, store: Store) -> None:
     """
     digests = store.root / "digests.json"
     splits = [config.task.test_split]
-    if config.scheduler.kind is SchedulerKind.static and config.scheduler.switch_step is None:
+    if config.scheduler.kind is SchedulerKind.static and given_steps(config) is None:
         assert config.task.validation_split is not None
         splits.append(config.task.validation_split)
     checks: list[Callable[[], object]] = [

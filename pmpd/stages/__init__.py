@@ -7,11 +7,14 @@ from typing import Any
 from pmpd.artifacts import Node
 from pmpd.stages.base import SUMMARY, RuntimeConfig, Stage, read_summary
 from pmpd.stages.calibration import MOMENTS, SENSITIVITY
+from pmpd.stages.decide import DECIDE
 from pmpd.stages.evaluate import EVALUATE
 from pmpd.stages.fit_static import FIT_STATIC
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
-from pmpd.stages.learned import DECIDE, FEATURES, TRAIN_LEARNED
+from pmpd.stages.labels import LABELS
+from pmpd.stages.learned import FEATURES, TRAIN_LEARNED
 from pmpd.stages.measure import ESTIMATE, GAIN
+from pmpd.stages.oracle import ORACLE
 from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT
 from pmpd.stages.rollouts import ROLLOUTS
 from pmpd.stages.search import SEARCH
@@ -33,8 +36,10 @@ STAGES: dict[str, Stage[Any]] = {
         ROLLOUTS,
         FIT_STATIC,
         FEATURES,
+        LABELS,
         TRAIN_LEARNED,
         DECIDE,
+        ORACLE,
         EVALUATE,
         ESTIMATE,
         LATENCY,

@@ -16,9 +16,9 @@ import numpy as np
 from pmpd.artifacts import read_jsonl, write_json, write_jsonl
 from pmpd.records import Completion, Generation, Interval, Sample, Schedule, average_bits
 from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.decide import read_decisions
 from pmpd.stages.fit_static import read_choice
 from pmpd.stages.inputs import read_samples
-from pmpd.stages.learned import read_decisions
 from pmpd.stages.rollouts import read_rollouts
 from pmpd.stages.scoring import (
     Encoder,

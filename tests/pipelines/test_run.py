@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 
@@ -26,14 +29,16 @@ from pipelines.preflight import PreflightError
 from pipelines.report import CONF, grid_of, report
 from pipelines.run import run_cell
 from pipelines.schema import register
-from pmpd.artifacts import Store
+from pmpd.artifacts import Node, Store
 from pmpd.config import Config, ConfigError, from_omegaconf
 from pmpd.kernels import CudaUnavailableError
+from pmpd.metrics import rouge_l
 from pmpd.records import Schedule
 from pmpd.report import COLUMNS
+from pmpd.stages import RuntimeConfig, execute
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import read_rollouts
-from pmpd.stages.runtime import load_prompter
+from pmpd.stages.runtime import load, load_prompter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -103,9 +108,78 @@ def test_uniform_schedulers_have_their_bits_and_fp16_agrees_with_itself(store):
             assert own.loc["npu_decode_speedup", "value"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("hindsight", ["oracle", "oracle_lossless"])
+def test_the_oracle_is_the_best_class_of_every_sample(store, tiny_llama, tmp_path, hindsight):
+    own = run(tiny_llama, store, tmp_path, f"scheduler={hindsight}")
+    cell_ = Planner(cell(*overrides(tiny_llama, store, f"scheduler={hindsight}")), Store(store)).cell()
+    samples, _ = read_samples(Store(store).verify(cell_.evaluation.inputs["prompts"]))
+    inputs = cell_.evaluation.inputs
+    table = read_rollouts(*(Store(store).verify(inputs[name]) for name in ("rollouts", "rollouts_fp16")))
+    classes = [Schedule(4, (2,)), Schedule(4, (4, 2), (3,)), Schedule(4, (4, 2), (6,)), Schedule.uniform(4)]
+
+    def quality(schedule, sample):
+        return rouge_l(table[schedule][sample.id].generations[0].text, sample.references)
+
+    expected = []
+    for sample in samples:
+        of_class = [quality(c, sample) for c in classes]
+        passing = [q for q in of_class if q >= of_class[-1]]
+        expected.append(max(of_class) if hindsight == "oracle" else passing[0])
+    found = own[(own.scheduler == hindsight) & (own.metric == "rouge_l")].value.item()
+    assert found == pytest.approx(100 * sum(expected) / len(expected))
+
+
+def test_the_confidence_scheduler_decodes_what_its_rule_says(store, tiny_llama, tmp_path):
+    more = ["scheduler=confidence", "scheduler.options.first_tokens=2", "scheduler.options.sigmas=0.1"]
+    run(tiny_llama, store, tmp_path, *more)
+    planned = Planner(cell(*overrides(tiny_llama, store, *more)), Store(store)).cell().evaluation
+    samples, prompts = read_samples(Store(store).verify(planned.inputs["prompts"]))
+    nested = Store(store).verify(planned.inputs["decisions"].inputs["nested"])
+    model, precision = load(tiny_llama, nested, RuntimeConfig("float32", "cpu"))
+    rows = [json.loads(line) for line in (Store(store).verify(planned) / "completions.jsonl").read_text().splitlines()]
+    switched = 0
+    for sample, prompt, row in zip(samples, prompts, rows, strict=True):
+        assert row["id"] == sample.id
+        precision.bits = 4
+        ids, bits, sure = list(prompt), 4, []
+        for token in row["generations"][0]["token_ids"]:
+            with torch.no_grad():
+                # Until the switch all of the cache is of 4 bits, so computing it again is the definition.
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            assert int(logits.argmax()) == token
+            sure.append(float(logits.double().softmax(-1).max()))
+            if len(sure) > 2 and sure[-1] > statistics.fmean(sure[:2]) + 0.1 * statistics.stdev(sure[:2]):
+                bits = 2
+                break
+            ids.append(token)
+        expected = "4:2" if bits == 2 and len(sure) == 1 else f"4:4@{len(sure) - 1},2" if bits == 2 else "4:4"
+        found = Schedule.parse(row["generations"][0]["schedule"])
+        tokens = len(row["generations"][0]["token_ids"])
+        assert found.bits_of(tokens) == Schedule.parse(expected).bits_of(tokens)
+        switched += bits == 2
+    assert switched, "no sample switched: this test shows nothing"
+
+
+def test_a_killed_decision_goes_on_and_draws_alike(store, tiny_llama, tmp_path, two_turns):
+    lines = overrides(
+        tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", "scheduler=random"
+    )
+    config = cell(*lines, "budget.batch_size=2")
+    run_cell(config, tmp_path / "out", "0")
+    node = Planner(config, Store(store)).cell().evaluation.inputs["decisions"]
+    inputs = {n: Store(store).verify(i) if isinstance(i, Node) else i.locate() for n, i in node.inputs.items()}
+    whole = (Store(store).verify(node) / "completions.jsonl").read_text()
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(Store(store).verify(node) / "batch_00000.jsonl", again)
+    execute(node, inputs, again)
+    assert (again / "completions.jsonl").read_text() == whole
+
+
 def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
     for path in store.glob("evaluate/*/artifact.json"):
-        if json.loads(path.read_text())["config"]["scheduler"] not in ("static", "learned"):
+        manifest = json.loads(path.read_text())
+        if manifest["config"]["scheduler"] not in ("static", "learned") or manifest["config"]["curve"][0] != "4:4@0,2":
             continue
         for line in (path.parent / "completions.jsonl").read_text().splitlines():
             for generation in json.loads(line)["generations"]:
@@ -123,6 +197,21 @@ def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
         ["scheduler=static", "scheduler.switch_step=2"],
         ["scheduler=static", "model.middle_bits=[3]"],
         ["scheduler=learned", "model.middle_bits=[3]"],
+        ["scheduler=static", "model.middle_bits=[3]", "scheduler.switch_steps=[2,5]"],
+        ["scheduler=static", "scheduler.grid_parts=6"],
+        ["scheduler=learned", "scheduler.grid_parts=4", "scheduler.prefill_bits=16"],
+        ["scheduler=learned_activations"],
+        ["scheduler=learned_statistics"],
+        ["scheduler=learned_both"],
+        ["scheduler=random"],
+        ["scheduler=random_prior", "model.middle_bits=[3]"],
+        ["scheduler=confidence", "scheduler.options.first_tokens=3"],
+        ["scheduler=oracle"],
+        ["scheduler=oracle_lossless", "task=iwslt", "task.metrics=[bleu,sacrebleu]"],
+        ["scheduler=first_half"],
+        ["scheduler=middle_third"],
+        ["scheduler=low_after_fp16"],
+        ["scheduler=high_after_low"],
         ["scheduler=high", "quantizer.group_size=32"],
         ["scheduler=static", "quantizer=joint"],
         ["scheduler=high", "quantizer=joint", "quantizer.high_share=0", "quantizer.group_size=32"],
@@ -139,8 +228,16 @@ def test_other_tasks_and_settings_run_whole(store, tiny_llama, tmp_path, more):
     assert 2 <= own.loc["average_bits", "value"] <= 4
     if "scheduler.switch_step=2" in more:
         assert own.loc["average_bits", "value"] == pytest.approx((2 * 4 + 6 * 2) / 8)
-    if "scheduler.prefill_bits=16" in more:
-        assert set(own.prefill_bits) == {16}
+    if "scheduler.switch_steps=[2,5]" in more:
+        assert own.loc["average_bits", "value"] == pytest.approx((2 * 4 + 3 * 3 + 3 * 2) / 8)
+    if scheduler in ("first_half", "middle_third"):
+        assert own.loc["average_bits", "value"] == pytest.approx(
+            {"first_half": 3, "middle_third": 2 + 2 * 3 / 8}[scheduler]
+        )
+    prefill = {"low_after_fp16": 16, "high_after_low": 2}.get(
+        scheduler, 16 if "scheduler.prefill_bits=16" in more else 4
+    )
+    assert set(own.prefill_bits) == {prefill}
 
 
 @pytest.fixture
