@@ -165,7 +165,7 @@ def test_a_killed_decision_goes_on_and_draws_alike(store, tiny_llama, tmp_path, 
         tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", "scheduler=random"
     )
     config = cell(*lines, "budget.batch_size=2")
-    run_cell(config, tmp_path / "out", "0")
+    run_cell(config, tmp_path / "out")
     node = Planner(config, Store(store)).cell().evaluation.inputs["decisions"]
     inputs = {n: Store(store).verify(i) if isinstance(i, Node) else i.locate() for n, i in node.inputs.items()}
     whole = (Store(store).verify(node) / "completions.jsonl").read_text()
