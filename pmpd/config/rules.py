@@ -215,6 +215,17 @@ def _check_amounts(config: Config) -> None:
     ):
         if not number >= 0:
             _refuse(name, number, "0 or more")
+    for stage, needs in config.launcher.stages.items():
+        for name, number, least in (
+            ("cpus", needs.cpus, 1),
+            ("gpus", needs.gpus, 0),
+            ("memory_gib", needs.memory_gib, 0.1),
+            ("minutes", needs.minutes, 1),
+        ):
+            if number < least:
+                _refuse(f"launcher.stages.{stage}.{name}", number, f"{least} or more")
+    if config.launcher.retries < 0:
+        _refuse("launcher.retries", config.launcher.retries, "0 or more")
     if budget.search_window_tokens < 4:
         _refuse("budget.search_window_tokens", budget.search_window_tokens, "at least 4")
     if budget.seed_max_prompt_tokens < 33:

@@ -90,6 +90,13 @@ class ReportKind(Enum):
     npu = "npu"
 
 
+class LauncherKind(Enum):
+    serial = "serial"
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
+
+
 class TrackingMode(Enum):
     offline = "offline"
     online = "online"
@@ -249,6 +256,32 @@ class TrackingConfig:
 
 
 @dataclass
+class NeedsConfig:
+    """What a job of a stage asks for; GPUs only where the stage's device is cuda."""
+
+    cpus: int = 1
+    gpus: int = 0
+    memory_gib: float = 4.0
+    minutes: int = 60
+
+
+@dataclass
+class LauncherConfig:
+    """Where stages run: a stage in ``stages`` as jobs, another in the sweep's own process."""
+
+    name: str = MISSING
+    kind: LauncherKind = MISSING
+    stages: dict[str, NeedsConfig] = field(default_factory=dict)
+    max_cpus: Optional[int] = None
+    max_memory_gib: Optional[float] = None
+    retries: int = 1
+    folder: str = "outputs/jobs"
+    partition: Optional[str] = None
+    options: dict[str, str] = field(default_factory=dict)
+    address: Optional[str] = None
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -258,6 +291,7 @@ class Config:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
     report: ReportKind = ReportKind.cells
     seed: int = 0
     device: Device = Device.auto

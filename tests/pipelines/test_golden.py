@@ -135,7 +135,7 @@ def found(tmp_path_factory) -> dict[str, str]:
                 f"store={folder / 'store'}",
             ]
             config = from_omegaconf(compose("config", overrides=lines))
-        run_cell(config, folder / scheduler, "0")
+        run_cell(config, folder / scheduler)
         store = Store(folder / "store")
         for target in Planner(config, store).cell().targets:
             for node in target.ancestors():

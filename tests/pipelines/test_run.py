@@ -68,7 +68,7 @@ def cell(*lines: str) -> Config:
 
 
 def run(model: Path, store: Path, out: Path, *more: str) -> pd.DataFrame:
-    run_cell(cell(*overrides(model, store, *more)), out, "0")
+    run_cell(cell(*overrides(model, store, *more)), out)
     return pd.read_csv(out / "results.csv")
 
 
@@ -165,7 +165,7 @@ def test_a_killed_decision_goes_on_and_draws_alike(store, tiny_llama, tmp_path, 
         tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", "scheduler=random"
     )
     config = cell(*lines, "budget.batch_size=2")
-    run_cell(config, tmp_path / "out", "0")
+    run_cell(config, tmp_path / "out")
     node = Planner(config, Store(store)).cell().evaluation.inputs["decisions"]
     inputs = {n: Store(store).verify(i) if isinstance(i, Node) else i.locate() for n, i in node.inputs.items()}
     whole = (Store(store).verify(node) / "completions.jsonl").read_text()
@@ -221,7 +221,7 @@ def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
 def test_other_tasks_and_settings_run_whole(store, tiny_llama, tmp_path, more):
     chosen = {m.partition("=")[0] for m in more}
     lines = [o for o in overrides(tiny_llama, store) if o.partition("=")[0] not in chosen]
-    run_cell(cell(*lines, *more), tmp_path, "0")
+    run_cell(cell(*lines, *more), tmp_path)
     frame = pd.read_csv(tmp_path / "results.csv")
     scheduler = next(m.partition("=")[2] for m in more if m.startswith("scheduler="))
     own = frame[frame.scheduler == scheduler].set_index("metric")
@@ -256,7 +256,7 @@ def two_turns(tmp_path) -> Path:
 def test_each_policy_keeps_its_own_first_answer(store, tiny_llama, tmp_path, two_turns, more):
     lines = overrides(tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", *more)
     config = cell(*lines)
-    run_cell(config, tmp_path / "out", "0")
+    run_cell(config, tmp_path / "out")
     planned = Planner(config, Store(store)).cell().evaluation
     prompter = load_prompter(tiny_llama, config.model.prompt, False)
     samples, _ = read_samples(Store(store).verify(planned.inputs["prompts"]))
@@ -346,7 +346,7 @@ def test_the_npu_report_needs_no_store_and_no_cell_can_be_run_for_it(tmp_path, m
     assert set(frame.hardware) == {"npu_16k", "npu_4k", "flightllm_vhk158"}
     assert [p.name for p in tmp_path.iterdir()] == ["npu"]
     with pytest.raises(ConfigError, match=r"report=npu: no cell to run; .*pipelines/report\.py"):
-        run_cell(cell("experiment=npu"), tmp_path, "0")
+        run_cell(cell("experiment=npu"), tmp_path)
     with pytest.raises(ConfigError, match=r"hardware\.bandwidth_bytes_s=0\.0"):
         report(["experiment=npu", "hardware.bandwidth_bytes_s=0"], tmp_path / "none")
 
@@ -374,7 +374,7 @@ def test_bad_input_is_refused_before_anything_expensive(tiny_llama, tmp_path, mo
     changed = {m.partition("=")[0] for m in more}
     kept = [line for line in lines if line.partition("=")[0] not in changed]
     with pytest.raises(error, match=said):
-        run_cell(cell(*kept, *more), tmp_path / "out", "0")
+        run_cell(cell(*kept, *more), tmp_path / "out")
     assert not list((tmp_path / "store").glob("sensitivity/*/artifact.json"))
 
 
@@ -382,7 +382,7 @@ def test_everything_that_is_missing_is_named_at_once(tiny_llama, tmp_path):
     lines = [o for o in overrides(tiny_llama, tmp_path / "store", "scheduler=static") if "metrics" not in o]
     missing = ("model.path=/no/such/model", "data.root=/nowhere", "budget.bertscore_encoder=package:no_such")
     with pytest.raises(PreflightError) as refusal:
-        run_cell(cell(*(o for o in lines if "model.path" not in o), *missing), tmp_path / "out", "0")
+        run_cell(cell(*(o for o in lines if "model.path" not in o), *missing), tmp_path / "out")
     said = str(refusal.value)
     assert all(value.partition("=")[2] in said for value in missing)
     assert "model.path" in said
@@ -395,7 +395,7 @@ def test_a_second_turn_that_outgrows_the_context_is_named_by_its_sample(store, t
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = overrides(tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples")
     with pytest.raises(ValueError, match=rf"turn 2 of sample {rows[1]['prompt_id']}\b.*task.max_new_tokens"):
-        run_cell(cell(*lines, "scheduler=high"), tmp_path / "out", "0")
+        run_cell(cell(*lines, "scheduler=high"), tmp_path / "out")
 
 
 def identical(one: Path, two: Path) -> int:
