@@ -6,6 +6,7 @@ A scheduler that decides a sequence at a time is ``kind: policy``, and needs not
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from pmpd.config import UNIFORM, Config, Level, SchedulerKind, given_steps, grid
 from pmpd.records import FP16_BITS, Schedule, class_schedules, pattern_schedule, schedule_family
 from pmpd.schedulers import Setting, build, check_options, trained_for
 from pmpd.stages.decide import DECIDE, DecideConfig
+from pmpd.stages.dense_sparse import DENSE_SPARSE, DenseSparseConfig
 from pmpd.stages.fit_static import FIT_STATIC, FitStaticConfig
 from pmpd.stages.oracle import ORACLE, OracleConfig
 
@@ -75,6 +77,7 @@ class Choice:
     inputs: dict[str, Input] = field(default_factory=dict)
     fit: Node | None = None
     training: Node | None = None
+    dense_sparse: Node | None = None
 
 
 def prefill_bits(config: Config, precisions: Precisions) -> int:
@@ -82,6 +85,8 @@ def prefill_bits(config: Config, precisions: Precisions) -> int:
     scheduler = config.scheduler
     if scheduler.kind in UNIFORM:
         return precisions.bits(Level(scheduler.kind.value))
+    if scheduler.kind is SchedulerKind.dense_sparse:
+        return precisions.low
     return precisions.bits(scheduler.prefill) if scheduler.prefill_bits is None else scheduler.prefill_bits
 
 
@@ -90,7 +95,8 @@ def candidates(config: Config, precisions: Precisions) -> list[Schedule]:
 
     A scheduler that chooses among none rolls out what a static one would, so that a sweep shares rollouts.
     """
-    scheduler = config.scheduler
+    scheduler = config.scheduler.target or config.scheduler
+    config = dataclasses.replace(config, scheduler=scheduler)
     prefill = prefill_bits(config, precisions) if scheduler.kind in SEARCHED else precisions.high
     if scheduler.kind in (SchedulerKind.policy, SchedulerKind.oracle):
         return class_schedules(prefill, precisions.levels, max_new_tokens(config), scheduler.grid_parts)
@@ -199,6 +205,27 @@ def _policy(of: Choosing) -> Choice:
     return Choice(inputs={"decisions": decisions}, training=trained.get("network"))
 
 
+def _dense_sparse(of: Choosing) -> Choice:
+    planner, scheduler, quantizer = of.planner, of.config.scheduler, of.config.quantizer
+    assert scheduler.target is not None
+    model = DENSE_SPARSE.node(
+        DenseSparseConfig(
+            of.precisions.low,
+            quantizer.group_size,
+            quantizer.solver.value,
+            scheduler.outliers.value,
+            scheduler.accounting.value,
+            of.config.model.trust_remote_code,
+        ),
+        model=planner.model,
+        sensitivity=planner.sensitivity(),
+        evaluation=planner.cell(scheduler.target).evaluation,
+    )
+    low = Schedule.uniform(of.precisions.low)
+    own = planner.rollout(of.prompts, [low], planner.max_new_tokens, model)
+    return Choice(low, {"rollouts_own": own, "dense_sparse": model}, dense_sparse=model)
+
+
 CHOICES: dict[SchedulerKind, Callable[[Choosing], Choice]] = {
     SchedulerKind.fp16: _uniform,
     SchedulerKind.high: _uniform,
@@ -207,4 +234,5 @@ CHOICES: dict[SchedulerKind, Callable[[Choosing], Choice]] = {
     SchedulerKind.pattern: _pattern,
     SchedulerKind.oracle: _oracle,
     SchedulerKind.policy: _policy,
+    SchedulerKind.dense_sparse: _dense_sparse,
 }

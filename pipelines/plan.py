@@ -21,6 +21,7 @@ from pmpd.config import (
     Metric,
     Overlong,
     QuantizerKind,
+    SchedulerConfig,
     SchedulerKind,
     check_precisions,
     max_new_tokens,
@@ -59,6 +60,7 @@ class Cell:
     linears: Node | None
     fit: Node | None
     training: Node | None
+    dense_sparse: Node | None
 
     @property
     def targets(self) -> list[Node]:
@@ -102,7 +104,7 @@ class Planner:
             self.encoder["encoder"] = encoder_input(self.encoder_name, self.digests)
         budget, quantizer, trust = config.budget, config.quantizer, config.model.trust_remote_code
         self.texts_data = text_input(config, self.digests)
-        calibration = TEXTS.node(
+        self.calibration = TEXTS.node(
             inputs_.TextsConfig("calibration", budget.calibration_windows, budget.calibration_window_tokens, trust),
             model=self.model,
             data=self.texts_data,
@@ -113,7 +115,7 @@ class Planner:
             data=self.texts_data,
         )
         self.runtime = RuntimeConfig(config.model.dtype.value, device_type(config), config.model.trust_remote_code)
-        self.nested = self._nested(calibration)
+        self.nested = self._nested(self.calibration)
         self.search = SEARCH.node(
             SearchConfig(
                 seed_bits=quantizer.seed_bits,
@@ -126,6 +128,11 @@ class Planner:
             texts=self.perplexity_texts,
         )
 
+    def sensitivity(self) -> Node:
+        """Mean squared gradients of the model's weights over the calibration text."""
+        config = SensitivityConfig(self.runtime.differentiable())
+        return SENSITIVITY.node(config, model=self.model, texts=self.calibration)
+
     def _nested(self, calibration: Node) -> Node:
         """The quantised model, and what its quantiser weights errors by."""
         quantizer, trust = self.config.quantizer, self.config.model.trust_remote_code
@@ -133,9 +140,10 @@ class Planner:
         common = (quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size)
         match quantizer.kind:
             case QuantizerKind.anyprec:
-                sensitivity = SENSITIVITY.node(SensitivityConfig(differentiable), model=self.model, texts=calibration)
                 return QUANTIZE.node(
-                    QuantizeConfig(*common, quantizer.solver.value, trust), model=self.model, sensitivity=sensitivity
+                    QuantizeConfig(*common, quantizer.solver.value, trust),
+                    model=self.model,
+                    sensitivity=self.sensitivity(),
                 )
             case QuantizerKind.joint:
                 moments = MOMENTS.node(MomentsConfig(differentiable), model=self.model, texts=calibration)
@@ -183,10 +191,12 @@ class Planner:
         check_precisions(high, low, model.middle_bits)
         return Precisions((high, *model.middle_bits, low), source)
 
-    def cell(self, scheduler: SchedulerKind | None = None) -> Cell:
-        """The recipes of this cell, or of the same cell under another, uniform scheduler, which share rollouts."""
+    def cell(self, scheduler: SchedulerKind | SchedulerConfig | None = None) -> Cell:
+        """The recipes of this cell, or of the same cell under another scheduler, which share rollouts."""
         config, budget, task = self.config, self.config.budget, self.config.task
-        if scheduler is not None and scheduler is not config.scheduler.kind:
+        if isinstance(scheduler, SchedulerConfig):
+            config = dataclasses.replace(config, scheduler=scheduler)
+        elif scheduler is not None and scheduler is not config.scheduler.kind:
             config = replace_scheduler(config, scheduler)
         kind = config.scheduler.kind
         precisions = self.precisions()
@@ -212,7 +222,7 @@ class Planner:
             **choice.inputs,
             **self.encoder,
         )
-        gains = self._measures(evaluation, precisions)
+        gains = self._measures(evaluation, precisions, choice.dense_sparse)
         return Cell(
             config=config,
             precisions=precisions,
@@ -224,13 +234,14 @@ class Planner:
             linears=gains.linears,
             fit=choice.fit,
             training=choice.training,
+            dense_sparse=choice.dense_sparse,
         )
 
-    def _measures(self, evaluation: Node, precisions: Precisions) -> Measures:
+    def _measures(self, evaluation: Node, precisions: Precisions, dense_sparse: Node | None) -> Measures:
         return measures(
             self.config,
             self.store,
-            Measured(self.model, self.nested, evaluation, precisions.levels, self.runtime),
+            Measured(self.model, self.nested, evaluation, precisions.levels, self.runtime, dense_sparse),
             reading=self.reading,
         )
 
@@ -251,8 +262,8 @@ class Planner:
             "rollouts_fp16": self.rollout(prompts, [Schedule.uniform(FP16_BITS)], tokens),
         }
 
-    def rollout(self, prompts: Node, schedules: Sequence[Schedule], tokens: int) -> Node:
-        """Completions of ``prompts`` under ``schedules``, up to ``tokens`` tokens."""
+    def rollout(self, prompts: Node, schedules: Sequence[Schedule], tokens: int, nested: Node | None = None) -> Node:
+        """Completions of ``prompts`` under ``schedules``, up to ``tokens`` tokens, of another nested model if given."""
         quantised = any(s.prefill_bits != FP16_BITS or s.levels != (FP16_BITS,) for s in schedules)
         return ROLLOUTS.node(
             RolloutsConfig(
@@ -264,7 +275,7 @@ class Planner:
             ),
             model=self.model,
             prompts=prompts,
-            **({"nested": self.nested} if quantised else {}),
+            **({"nested": nested or self.nested} if quantised else {}),
         )
 
     def prompts(self, split: str, limit: int | None) -> Node:
@@ -299,6 +310,7 @@ def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
         switch_step=None,
         switch_steps=None,
         pattern=[],
+        target=None,
         policy=None,
         options={},
     )

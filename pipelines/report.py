@@ -33,9 +33,12 @@ from pmpd.config import Config, ReportKind, from_omegaconf, max_new_tokens
 from pmpd.records import Schedule
 from pmpd.report import (
     CellRecord,
+    category_table,
+    draw_cells,
     draw_perplexity,
     draw_quality,
     draw_switch_steps,
+    failures_line,
     linears_table,
     markdown_table,
     summary_table,
@@ -50,6 +53,8 @@ log = logging.getLogger("pmpd.report")
 LINEARS_CAPTION = "random weights, by the profiler's self CUDA time as in the paper"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPER = Path("outputs/paper")
+MANY = 5
+"""More cells than this get a figure with a row each: points among each other say less."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +173,17 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
     texts, figures = [], []
     for (model, task), group in groups.items():
         text = f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}"
+        if categories := category_table(group):
+            text += f"\n\n{categories}"
         if group[0].linears:
             text += f"\n\nLinear layers, one input, {LINEARS_CAPTION}:\n\n{linears_table(group[0].linears)}"
         texts.append(text)
         stem = f"{model}_{task}"
         draw_quality(group, out / f"quality_{stem}.png")
         figures.append(out / f"quality_{stem}.png")
+        if len(group) > MANY:
+            draw_cells(group, out / f"cells_{stem}.png")
+            figures.append(out / f"cells_{stem}.png")
         curves = [r for r in group if r.switch_curve and len(r.levels) == 2]
         if curves:
             best = next((r for r in curves if r.fit_curve), curves[0])
@@ -334,6 +344,16 @@ def _note(cell: Cell, store: Store) -> str:
             f"samples with tolerance {cell.config.scheduler.tolerance:g} ({found}the smallest drop from high that they "
             f"would have shown: {metrics['detectable_drop']:.1f})"
         )
+    if cell.dense_sparse is not None:
+        metrics = read_summary(_verified(store, cell.dense_sparse))["metrics"]
+        assert cell.config.scheduler.target is not None
+        dense, share = metrics["dense_bits"], metrics["outlier_share"]
+        return (
+            f"prefill and decoding at {dense} bits and {share:.2%} outliers: {dense + metrics['outlier_bits']:.2f} "
+            f"bits with indices, {dense + metrics['nominal_outlier_bits']:.2f} by the paper's accounting; matched to "
+            f"{metrics['target_bits']:.2f}, {cell.config.scheduler.target.name}'s average; uniform precisions and "
+            "schedules count codes alone"
+        )
     if cell.training is not None:
         metrics = read_summary(_verified(store, cell.training))["metrics"]
         return (
@@ -353,6 +373,9 @@ def _caption(group: Sequence[CellRecord]) -> str:
         "own fp16 output. Intervals: 95 % bootstrap over samples; differences are paired.",
     ]
     lines += [f"{r.scheduler}: {r.note}." for r in group if r.note]
+    if bertscore := group[0].find("bertscore"):
+        lines.append(f"BERTScore: {bertscore['unit']}.")
+    lines.append(failures_line(group))
     if gain:
         lines.append(f"Gain: {gain['unit']}.")
     for unit in dict.fromkeys(r["unit"] for r in timings):

@@ -120,9 +120,11 @@ def schedule_family(prefill_bits: int, levels: Sequence[int], grid: Sequence[int
 
 
 def pattern_schedule(prefill_bits: int, pattern: Sequence[int], max_new_tokens: int) -> Schedule:
-    """M - 1 decode steps in as many equal parts as ``pattern`` has entries, each at its own bits; bits may rise."""
-    last_step = max(max_new_tokens - 1, 1)
-    bounds = [last_step * k // len(pattern) for k in range(1, len(pattern) + 1)]
+    """M in as many equal parts as ``pattern`` has entries, each at its own bits, which may rise.
+
+    Parts end where the classes of as many parts switch, so ``[high, low, low]`` is the class of M/3.
+    """
+    bounds = [max_new_tokens * k // len(pattern) for k in range(1, len(pattern) + 1)]
     runs = [k for k in range(len(pattern)) if k + 1 == len(pattern) or pattern[k] != pattern[k + 1]]
     return Schedule(prefill_bits, tuple(pattern[k] for k in runs), tuple(bounds[k] for k in runs[:-1]))
 

@@ -76,6 +76,7 @@ def test_a_pattern_cuts_decoding_into_equal_parts_and_may_rise():
     assert pattern_schedule(4, [4, 3], 9).bits_of(9) == [4] * 4 + [3] * 4
     assert pattern_schedule(4, [3, 4], 9).bits_of(9) == [3] * 4 + [4] * 4
     assert pattern_schedule(4, [3, 4, 3], 10).bits_of(10) == [3] * 3 + [4] * 3 + [3] * 3
+    assert pattern_schedule(4, [4, 3, 3], 256) == class_schedules(4, (4, 3), 256)[1]
     assert pattern_schedule(3, [4, 4], 9) == Schedule(3, (4,))
     assert pattern_schedule(4, [3, 4], 9).canonical(4) == Schedule(4, (3,))  # ended before the second part
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import NoReturn
 
@@ -160,6 +161,12 @@ def _check_scheduler(config: Config) -> None:
             f"{task.name} has one split only, so nothing to fit on; give scheduler.switch_step=S "
             f"(0 to {tokens}), fitted elsewhere",
         )
+    if (scheduler.kind is SchedulerKind.dense_sparse) != (scheduler.target is not None):
+        _refuse("scheduler.target", scheduler.target, "a scheduler for kind=dense_sparse, and only for it")
+    if scheduler.target is not None:
+        if scheduler.target.kind not in (SchedulerKind.static, SchedulerKind.policy):
+            _refuse("scheduler.target", scheduler.target.name, "one that steps down, such as static or learned")
+        _check_scheduler(dataclasses.replace(config, scheduler=scheduler.target))
     if (scheduler.kind is SchedulerKind.pattern) != bool(scheduler.pattern):
         _refuse("scheduler.pattern", [p.value for p in scheduler.pattern], "a list for kind=pattern, and only for it")
     if (scheduler.kind is SchedulerKind.policy) != (scheduler.policy is not None):

@@ -44,6 +44,7 @@ class SchedulerKind(Enum):
     pattern = "pattern"
     oracle = "oracle"
     policy = "policy"
+    dense_sparse = "dense_sparse"
 
 
 class Level(Enum):
@@ -59,6 +60,20 @@ class Hindsight(Enum):
 
     best = "best"
     lossless = "lossless"
+
+
+class OutlierChoice(Enum):
+    """Which weights dense-and-sparse keeps in float16."""
+
+    sensitivity = "sensitivity"
+    magnitude = "magnitude"
+
+
+class Accounting(Enum):
+    """What an outlier is charged: what is stored, or as in the paper 16 bits, its index free."""
+
+    stored = "stored"
+    nominal = "nominal"
 
 
 class Feature(Enum):
@@ -162,6 +177,9 @@ class SchedulerConfig:
     dropout: float = 0.1
     train_batch: int = 32
     holdout: float = 0.1
+    target: Optional[SchedulerConfig] = None
+    outliers: OutlierChoice = OutlierChoice.sensitivity
+    accounting: Accounting = Accounting.stored
 
 
 @dataclass

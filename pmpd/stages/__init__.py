@@ -8,6 +8,7 @@ from pmpd.artifacts import Node
 from pmpd.stages.base import SUMMARY, RuntimeConfig, Stage, read_summary
 from pmpd.stages.calibration import MOMENTS, SENSITIVITY
 from pmpd.stages.decide import DECIDE
+from pmpd.stages.dense_sparse import DENSE_SPARSE
 from pmpd.stages.evaluate import EVALUATE
 from pmpd.stages.fit_static import FIT_STATIC
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
@@ -39,6 +40,7 @@ STAGES: dict[str, Stage[Any]] = {
         LABELS,
         TRAIN_LEARNED,
         DECIDE,
+        DENSE_SPARSE,
         ORACLE,
         EVALUATE,
         ESTIMATE,
