@@ -11,6 +11,7 @@ from pmpd.stages.decide import DECIDE
 from pmpd.stages.dense_sparse import DENSE_SPARSE
 from pmpd.stages.evaluate import EVALUATE
 from pmpd.stages.fit_static import FIT_STATIC
+from pmpd.stages.hyperparameters import HYPERPARAMETERS
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
 from pmpd.stages.labels import LABELS
 from pmpd.stages.learned import FEATURES, TRAIN_LEARNED
@@ -39,6 +40,7 @@ STAGES: dict[str, Stage[Any]] = {
         FEATURES,
         LABELS,
         TRAIN_LEARNED,
+        HYPERPARAMETERS,
         DECIDE,
         DENSE_SPARSE,
         ORACLE,

@@ -52,6 +52,7 @@ NOT_PINNED = {
     "moments": "only quantizer=joint has it; tests/quant/test_moments.py compares it with a plain sum",
     "quantize_joint": "only quantizer=joint has it; tests/quant/test_joint.py holds its definitions",
     "dense_sparse": "only scheduler=dense_sparse has it; tests/quant/test_dense_sparse.py holds its definitions",
+    "hyperparameters": "only pipelines/tune.py has it; tests/pipelines/test_tune.py reads it",
     "latency": "its output is a time",
     "linears": "its output is a time",
     "gain": "it reads times; tests/stages/test_measure.py works one out by hand",
