@@ -10,29 +10,31 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in run.py
+
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from pipelines.answer import ANSWERED, answer
 from pipelines.choices import prefill_bits
 from pipelines.learning import network
 from pipelines.plan import MissingSearchError, Planner
 from pipelines.report import CONF
-from pipelines.run import Builder
 from pipelines.schema import register
+from pipelines.track import Tracking
 from pmpd.artifacts import Node, Store
 from pmpd.config import Config, ConfigError, from_omegaconf
-from pmpd.stages import read_summary
+from pmpd.stages import execute, read_summary
 from pmpd.stages.hyperparameters import HYPERPARAMETERS, HyperparametersConfig
-from pmpd.tracking import open_tracker
 
 log = logging.getLogger("pmpd.tune")
 
@@ -43,7 +45,7 @@ RESULTS = "optimization_results.yaml"
 register()
 
 
-def trial(config: Config, builder: Builder) -> Node:
+def trial(config: Config, store: Store, tracking: Tracking) -> Node:
     """Train at a point; everything but the training is shared by all.
 
     Raises:
@@ -51,15 +53,20 @@ def trial(config: Config, builder: Builder) -> Node:
     """
     if config.scheduler.policy != "learned":
         raise ConfigError(f"scheduler={config.scheduler.name} is not possible: one that learns, such as learned")
-    planner = Planner(config, builder.store)
+    planner = Planner(config, store)
     try:
         precisions = planner.precisions()
     except MissingSearchError:
-        builder.build(planner.search)
+        _build(planner.search, store, tracking)
         precisions = planner.precisions()
     node = network(planner, config, precisions.levels, prefill_bits(config, precisions))
-    builder.build(node)
+    _build(node, store, tracking)
     return node
+
+
+def _build(node: Node, store: Store, tracking: Tracking) -> None:
+    store.materialize(node, execute)
+    tracking.stages(node)
 
 
 class Chosen(Callback):
@@ -76,19 +83,15 @@ class Chosen(Callback):
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="tune"):
             chosen = from_omegaconf(compose("config", overrides=["scheduler=learned", *overrides]))
-        tracker = _tracker(chosen, "tune-chosen")
-        try:
-            builder = Builder(Store(Path(chosen.store)), tracker)
-            node = HYPERPARAMETERS.node(
-                HyperparametersConfig(
-                    {str(k): str(v) for k, v in sweeper.params.items()}, best, int(sweeper.n_trials), OBJECTIVE
-                ),
-                network=trial(chosen, builder),
-            )
-            builder.build(node)
-        finally:
-            tracker.finish()
-        metrics = read_summary(builder.store.verify(node.inputs["network"]))["metrics"]  # type: ignore[arg-type]
+        store = Store(Path(chosen.store))
+        tracking = Tracking(chosen, chosen.run_name, store)
+        space = {str(k): str(v) for k, v in sweeper.params.items()}
+        trained = trial(chosen, store, tracking)
+        node = HYPERPARAMETERS.node(
+            HyperparametersConfig(space, best, int(sweeper.n_trials), OBJECTIVE), network=trained
+        )
+        _build(node, store, tracking)
+        metrics = read_summary(store.verify(trained))["metrics"]
         log.info(
             "chosen of %d trials: %s = %.4f on %d held-out seed prompts (accuracy %.2f, of always saying the commonest "
             "class %.2f); artifact %s\nuse it with: python pipelines/run.py scheduler=learned %s",
@@ -98,36 +101,21 @@ class Chosen(Callback):
             metrics["num_holdout"],
             metrics["holdout_accuracy"],
             metrics["majority_accuracy"],
-            builder.store.path(node),
+            store.path(node),
             shlex.join(overrides),
         )
-
-
-def _tracker(config: Config, name: str) -> Any:
-    tracking = config.tracking
-    return open_tracker(
-        tracking.mode.value,
-        project=tracking.project,
-        entity=tracking.entity,
-        dir=tracking.dir,
-        config={},
-        group=config.run_name,
-        name=name,
-        tags=[config.model.name, "tune"],
-    )
 
 
 @hydra.main(config_path="../conf", config_name="tune", version_base="1.3")
 def main(node: DictConfig) -> float:
     """Hydra's entry, once a trial: the objective of its point."""
-    config = from_omegaconf(node)
-    tracker = _tracker(config, f"tune-{HydraConfig.get().job.num}")
     try:
-        builder = Builder(Store(Path(config.store)), tracker)
-        trained = trial(config, builder)
-    finally:
-        tracker.finish()
-    return float(read_summary(builder.store.verify(trained))["metrics"][OBJECTIVE])
+        config = from_omegaconf(node)
+        store = Store(Path(config.store))
+        trained = trial(config, store, Tracking(config, config.run_name, store))
+    except ANSWERED as error:
+        sys.exit(answer(error))
+    return float(read_summary(store.verify(trained))["metrics"][OBJECTIVE])
 
 
 if __name__ == "__main__":
