@@ -293,7 +293,7 @@ def draw(path: Path) -> None:
 
 def sweep(shapes: list[tuple[int, int]], bits: list[int], rows: list[int]) -> None:
     """Print the fastest launches of each product, and where the one that is chosen stands."""
-    from pmpd.kernels import cuda, launch
+    from pmpd.kernels import launch, product
 
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for case in cases(shapes, bits, rows):
@@ -308,12 +308,11 @@ def sweep(shapes: list[tuple[int, int]], bits: list[int], rows: list[int]) -> No
                 ):
                     if splits * teams <= launch.MAX_WARPS:
                         plans.append(launch.Launch(splits, teams, *queue))
-        operands, x = [cuda._operand(weight, case.bits) for weight in pmpd_weights(case)], case.x()
+        operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], case.x()
         out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
 
         def microseconds(plan: launch.Launch, operands: list[Any] = operands, x: Any = x, out: Any = out) -> float:
-            fused = cuda._Fused()
-            call = functools.partial(cuda._launch, x, fused=fused, out=out, plan=plan)
+            call = functools.partial(product.multiply, x, fused=product.Fused(), out=out, plan=plan)
             return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands)))
 
         timed = [(microseconds(plan), plan) for plan in plans]

@@ -64,7 +64,7 @@ class BlockKernels:
         self._norm((rows,), (NORM_THREADS,), x, weight, out, size, eps, programmatic=True)
 
     def gate(self, gate_up: Tensor, out: Tensor) -> None:
-        """``out [rows, size] = silu(gate) * up`` of ``gate_up [rows, 2 * size]``."""
+        """``out [rows, size] = silu(gate) * up`` of ``gate_up [rows, 2 * size]``, in turns (``gated.py``)."""
         rows, size = out.shape
         assert size % 8 == 0
         grid = (-(-size // (8 * GATE_THREADS)), rows)

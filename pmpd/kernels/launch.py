@@ -20,9 +20,9 @@ MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
 MAX_WARPS = 16
 STATIC_SHARED_BYTES = 4096
-"""At least what a block declares itself, and what the driver keeps of a block."""
-ALONE_SHARED_BYTES = 120 * 1024
-"""More than half of what a processor has, on the GPUs where kernels overlap (compute capability 9.0 and 10.0)."""
+"""At least what a block declares itself, and what the driver keeps of it."""
+RESERVED_BYTES = 1024
+"""What the driver keeps of a block's shared memory."""
 FULL = 0.88
 """Share of a round of tiles from which all processors count as busy to the end."""
 
@@ -35,7 +35,8 @@ class Launch:
     stages: steps of weights that a warp has under way.
     early: of these, steps asked for before earlier kernels have ended.
     late: let the next kernel come only once x is here.
-    alone: let no two blocks share a processor.
+    ahead: bytes of the block's pairs, and half as many of each plane, asked for into L2 at the same time.
+    share: most blocks that may share a processor, this kernel's and others like it: 1, 2, or 0 for as many as fit.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -44,8 +45,9 @@ class Launch:
     teams: int
     stages: int = 2
     early: int = 2
-    late: bool = True
-    alone: bool = False
+    late: int = 1
+    share: int = 0
+    ahead: int = 0
     blocks: int = 0
     rows: int = MAX_ROWS
 
@@ -71,6 +73,14 @@ class Launch:
         tables = TILE * (2 << bits) if groups == 1 else 0
         return ring + digits + partial + tiles * (TILE * 8 + tables)
 
+    def reserved_bytes(self, shared: int) -> int:
+        """Dynamic shared memory that keeps more than ``share`` blocks from a processor, whose blocks get ``shared``."""
+        if not self.share:
+            return 0
+        if self.share == 1:
+            return min(120 * 1024, shared - STATIC_SHARED_BYTES)
+        return (shared + RESERVED_BYTES) // self.share - STATIC_SHARED_BYTES
+
 
 def choose(out_features: int, in_features: int, bits: int, rows: int, processors: int) -> Launch:
     """The launch for a product, before :func:`fit`.
@@ -83,12 +93,12 @@ def choose(out_features: int, in_features: int, bits: int, rows: int, processors
     if rows > 1:
         teams = min(rows, 4 if steps <= MAX_WARPS // 2 else 2)
         late = round_of_tiles == 1 or bits >= REGISTER_BITS
-        return Launch(_even(steps, MAX_WARPS // teams), teams, 2, 1 if late else 2, late, round_of_tiles == 1)
+        return Launch(_even(steps, MAX_WARPS // teams), teams, 2, 1 if late else 2, late, int(round_of_tiles == 1))
     full = tiles >= FULL * round_of_tiles * processors
     if round_of_tiles == 1:
         if bits == 2 and steps <= MAX_WARPS // 2:
             return Launch(_even(steps, 4), 1, 3, 1, True)
-        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
+        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, 1)
     if round_of_tiles == 2 and steps > MAX_WARPS:
         return Launch(_even(steps, MAX_WARPS), 1, 2, 2, full)
     splits = _even(steps, MAX_WARPS // 2 if steps > MAX_WARPS // 2 else 4)

@@ -1,10 +1,10 @@
 // A nested weight: copied into shared memory, its tables looked up eight weights at a time. Followed by nested_input.cu and
 // nested_matmul.cu, which are one program with this. device.py explains the storage, cuda.py the design.
 //
-// Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; PROLOGUE 0 none, 1 RMSNorm
-// of x, 2 silu(gate) * up; GROUPED 0 or 1 (a table for each group_size columns, else for each row); STAGES steps of
-// weights that a warp has under way; RAGGED 0 or 1 (columns that STEP does not divide); ONCE 1 or 0 (a warp's columns of x
-// stay in registers). Short kernels wait for their own instructions, so what a shape does not need is left out.
+// Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; NORM 0 or 1 (RMSNorm of
+// x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is silu(gate) * up); GROUPED 0 or 1 (a table
+// for each group_size columns, else for each row); STAGES steps of weights that a warp has under way; RAGGED 0 or 1
+// (columns that STEP does not divide); ONCE 1 or 0 (a warp's columns of x stay in registers). Short kernels wait for their own instructions, so what a shape does not need is left out.
 // Nothing is included: NVRTC comes without CUDA's headers.
 
 typedef unsigned int u32;
@@ -52,6 +52,12 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {  // until at most so many groups are under way
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Into the L2 cache: nobody waits for it. Both are multiples of 16 bytes.
+__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
 }
 __device__ __forceinline__ void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

@@ -1,10 +1,9 @@
-from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
 
-from pmpd.kernels import CudaUnavailableError, cuda, nvrtc
+from pmpd.kernels import CudaUnavailableError, nvrtc, product
 
 SCALE = """
 extern "C" __global__ void scale(const float* x, float* out, float factor, int n) {
@@ -47,16 +46,17 @@ def test_machine_code_is_published_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("choices", [(2, 1, 0, 0, 0, 3, 0, 1), (4, 8, 1, 1, 0, 2, 1, 0), (7, 4, 0, 2, 1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "choices", [(2, 1, 0, 0, 1, 0, 3, 0, 1), (4, 8, 1, 1, 0, 0, 2, 1, 0), (7, 4, 0, 1, 1, 1, 1, 1, 1)]
+)
 def test_the_products_kernels_compile_without_a_device(choices: tuple[int, ...], architecture: str) -> None:
     try:
         nvrtc.nvrtc_version()
     except RuntimeError as error:
         pytest.skip(f"needs NVRTC: {error}")
-    source = "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in cuda.SOURCES)
-    names = ("BITS", "ROWS", "BFLOAT", "PROLOGUE", "GROUPED", "STAGES", "RAGGED", "ONCE")
+    names = ("BITS", "ROWS", "BFLOAT", "NORM", "GATED", "GROUPED", "STAGES", "RAGGED", "ONCE")
     options = [f"-D{name}={value}" for name, value in zip(names, choices, strict=True)]
-    assert nvrtc.cubin(source, options, architecture)[:4] == b"\x7fELF"
+    assert nvrtc.cubin(product.source(), options, architecture)[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
