@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pmpd.kernels.device import REGISTER_BITS, TILE
+from pmpd.kernels.device import TILE
 
 STEP = 256
 """Columns that a warp copies at once."""
@@ -23,6 +23,8 @@ STATIC_SHARED_BYTES = 4096
 """At least what a block declares itself, and what the driver keeps of it."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory."""
+BUSY_BITS = 4
+"""From here on arithmetic takes longer than reading."""
 FULL = 0.88
 """Share of a round of tiles from which all processors count as busy to the end."""
 
@@ -36,7 +38,7 @@ class Launch:
     early: of these, steps asked for before earlier kernels have ended.
     late: let the next kernel come only once x is here.
     ahead: bytes of the block's pairs, and half as many of each plane, asked for into L2 at the same time.
-    share: most blocks that may share a processor, this kernel's and others like it: 1, 2, or 0 for as many as fit.
+    alone: let no two blocks of such kernels share a processor.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -45,8 +47,8 @@ class Launch:
     teams: int
     stages: int = 2
     early: int = 2
-    late: int = 1
-    share: int = 0
+    late: bool = True
+    alone: bool = False
     ahead: int = 0
     blocks: int = 0
     rows: int = MAX_ROWS
@@ -73,13 +75,17 @@ class Launch:
         tables = TILE * (2 << bits) if groups == 1 else 0
         return ring + digits + partial + tiles * (TILE * 8 + tables)
 
-    def reserved_bytes(self, shared: int) -> int:
-        """Dynamic shared memory that keeps more than ``share`` blocks from a processor, whose blocks get ``shared``."""
-        if not self.share:
-            return 0
-        if self.share == 1:
-            return min(120 * 1024, shared - STATIC_SHARED_BYTES)
-        return (shared + RESERVED_BYTES) // self.share - STATIC_SHARED_BYTES
+
+def reserved_bytes(shared: int, *, alone: bool) -> int:
+    """Dynamic shared memory of a block that decides what else its processor takes; ``shared`` is the most for a block.
+
+    A kernel that starts while its predecessor ends takes what room there is, and two of its blocks on one processor
+    take twice as long. That does not pass: the next kernel finds its room on the processors that were left out. So
+    kernels of two kinds take turns in a chain. Of those ``alone`` a processor takes one block, as that needs more than
+    half of it; the others' leave room for just one of these.
+    """
+    half = (shared + RESERVED_BYTES) // 2
+    return half + 4096 if alone else half - 4096 - 2 * STATIC_SHARED_BYTES
 
 
 def choose(out_features: int, in_features: int, bits: int, rows: int, processors: int) -> Launch:
@@ -92,22 +98,22 @@ def choose(out_features: int, in_features: int, bits: int, rows: int, processors
     round_of_tiles = _up(tiles, processors)
     if rows > 1:
         teams = min(rows, 4 if steps <= MAX_WARPS // 2 else 2)
-        late = round_of_tiles == 1 or bits >= REGISTER_BITS
-        return Launch(_even(steps, MAX_WARPS // teams), teams, 2, 1 if late else 2, late, int(round_of_tiles == 1))
+        late = round_of_tiles == 1 or bits >= BUSY_BITS
+        return Launch(_even(steps, MAX_WARPS // teams), teams, 2, 1 if late else 2, late, round_of_tiles == 1)
     full = tiles >= FULL * round_of_tiles * processors
     if round_of_tiles == 1:
         if bits == 2 and steps <= MAX_WARPS // 2:
             return Launch(_even(steps, 4), 1, 3, 1, True)
-        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, 1)
+        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
     if round_of_tiles == 2 and steps > MAX_WARPS:
         return Launch(_even(steps, MAX_WARPS), 1, 2, 2, full)
     splits = _even(steps, MAX_WARPS // 2 if steps > MAX_WARPS // 2 else 4)
-    if bits < REGISTER_BITS and full:
+    if bits < BUSY_BITS and full:
         return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 2, False)
     if round_of_tiles == 2:
         return Launch(_even(steps, MAX_WARPS // 2), 1, 3, 1, True)
     teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 else 2
-    return Launch(splits, teams, 3 if bits < REGISTER_BITS or splits < MAX_WARPS // 2 else 2, 1, True)
+    return Launch(splits, teams, 3 if bits < BUSY_BITS or splits < MAX_WARPS // 2 else 2, 1, True)
 
 
 def fit(

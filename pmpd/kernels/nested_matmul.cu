@@ -79,7 +79,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         for (int i = early; i < STAGES; i++) load_next();
     });
 #if __CUDA_ARCH__ >= 900
-    if (late == 1) asm volatile("griddepcontrol.launch_dependents;");
+    if (late) asm volatile("griddepcontrol.launch_dependents;");
 #endif
     wait_copies<STAGES>();
     __syncthreads();  // tables and digits are there
@@ -124,12 +124,11 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
                         #pragma unroll
                         for (int n = 0; n < NT; n++) {
                             u32 b0 = k ? b[n].z : b[n].x, b1 = k ? b[n].w : b[n].y;
-                            mma(high[n], r0.high[0][0], r1.high[0][0], r0.high[0][1], r1.high[0][1], b0, b1);
-                            mma(low[n], r0.low[0][0], r1.low[0][0], r0.low[0][1], r1.low[0][1], b0, b1);
-#if BITS == 4  // of the two table halves one is zero: adding them here is cheaper than blending
-                            mma(high[n], r0.high[1][0], r1.high[1][0], r0.high[1][1], r1.high[1][1], b0, b1);
-                            mma(low[n], r0.low[1][0], r1.low[1][0], r0.low[1][1], r1.low[1][1], b0, b1);
-#endif
+                            #pragma unroll
+                            for (int e = 0; e < EIGHTHS; e++) {  // all but one are zero: adding them is cheaper than blending
+                                mma(high[n], r0.high[e][0], r1.high[e][0], r0.high[e][1], r1.high[e][1], b0, b1);
+                                mma(low[n], r0.low[e][0], r1.low[e][0], r0.low[e][1], r1.low[e][1], b0, b1);
+                            }
                         }
                     }
                 }
@@ -219,10 +218,9 @@ extern "C" __global__ void dequantize(const u32* packed, const u8* tables, const
             u32 words[4];
             #pragma unroll
             for (int i = 0; i < 8; i++) {
-                u32 h = d.high[0][i / 4], l = d.low[0][i / 4];
-#if BITS == 4
-                h |= d.high[1][i / 4], l |= d.low[1][i / 4];
-#endif
+                u32 h = 0, l = 0;
+                #pragma unroll
+                for (int e = 0; e < EIGHTHS; e++) h |= d.high[e][i / 4], l |= d.low[e][i / 4];
                 int shift = 8 * (i % 4);
                 float value = scale.x * float(((h >> shift) & 0xffu) * BASE + ((l >> shift) & 0xffu)) + scale.y;
                 u32 bits = from_float(value);

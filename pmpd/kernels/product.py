@@ -103,10 +103,17 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
         plan.early,
         plan.ahead,
         int(plan.late),
-        shared_bytes=max(plan.shared_bytes(*shape, weight.groups), plan.reserved_bytes(gpu.shared_bytes)),
+        shared_bytes=max(plan.shared_bytes(*shape, weight.groups), _reserved_bytes(plan, fused, gpu)),
         programmatic=True,
     )
     return plan.rows
+
+
+def _reserved_bytes(plan: Launch, fused: Fused, gpu: Gpu) -> int:
+    """In a block of a model, products that add a residual and products that begin with a norm take turns."""
+    if plan.alone or fused.residual is not None:
+        return launch.reserved_bytes(gpu.shared_bytes, alone=True)
+    return launch.reserved_bytes(gpu.shared_bytes, alone=False) if fused.norm_weight is not None else 0
 
 
 def decode(weight: Operand, first_row: int, out: Tensor) -> None:
