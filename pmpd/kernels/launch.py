@@ -23,6 +23,9 @@ STATIC_SHARED_BYTES = 4096
 """At least what a block declares itself, and what the driver keeps of it."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory."""
+SHORT_STEPS = 8
+"""Steps of a row up to which a product is over before its launch is forgotten."""
+AHEAD_BYTES = 16 * 1024
 BUSY_BITS = 4
 """From here on arithmetic takes longer than reading."""
 FULL = 0.88
@@ -94,26 +97,56 @@ def choose(out_features: int, in_features: int, bits: int, rows: int, processors
     There is one block a processor, and what decides is how many tiles that leaves a block. With one, blocks of the next
     kernel must not gather on one processor; with more, they fill the gaps that this one leaves.
     """
-    tiles, steps = _up(out_features, TILE), _up(in_features, STEP)
-    round_of_tiles = _up(tiles, processors)
+    steps, round_of_tiles, full = _shape(out_features, in_features, processors)
     if rows > 1:
-        teams = min(rows, 4 if steps <= MAX_WARPS // 2 else 2)
-        late = round_of_tiles == 1 or bits >= BUSY_BITS
-        return Launch(_even(steps, MAX_WARPS // teams), teams, 2, 1 if late else 2, late, round_of_tiles == 1)
-    full = tiles >= FULL * round_of_tiles * processors
+        return _several_rows(steps, round_of_tiles, full, bits, rows)
     if round_of_tiles == 1:
-        if bits == 2 and steps <= MAX_WARPS // 2:
-            return Launch(_even(steps, 4), 1, 3, 1, True)
+        if bits < BUSY_BITS and steps <= SHORT_STEPS:
+            return Launch(_even(steps, 4), 1, 2, 1, True)
         return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
     if round_of_tiles == 2 and steps > MAX_WARPS:
         return Launch(_even(steps, MAX_WARPS), 1, 2, 2, full)
-    splits = _even(steps, MAX_WARPS // 2 if steps > MAX_WARPS // 2 else 4)
+    splits = _even(steps, MAX_WARPS // 2 if steps > SHORT_STEPS else 4)
     if bits < BUSY_BITS and full:
-        return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 2, False)
+        return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 1, False)
     if round_of_tiles == 2:
         return Launch(_even(steps, MAX_WARPS // 2), 1, 3, 1, True)
     teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 else 2
-    return Launch(splits, teams, 3 if bits < BUSY_BITS or splits < MAX_WARPS // 2 else 2, 1, True)
+    return Launch(splits, teams, 3 if steps <= SHORT_STEPS else 2, 1, True)
+
+
+def _several_rows(steps: int, round_of_tiles: int, full: bool, bits: int, rows: int) -> Launch:
+    stages = 1 if rows > MAX_ROWS // 2 else 2
+    if steps > SHORT_STEPS and (round_of_tiles == 1 or not full and round_of_tiles == 2):
+        return Launch(_even(steps, MAX_WARPS), 1, stages, 1, False, round_of_tiles == 1)
+    alone = round_of_tiles == 1
+    late = alone or bits >= BUSY_BITS
+    if steps <= SHORT_STEPS:
+        return Launch(_even(steps, 4), min(4, max(rows, round_of_tiles)), stages, 1, late, alone)
+    return Launch(_even(steps, MAX_WARPS // 2), 2, stages, 1, late, alone)
+
+
+def choose_in_chain(out_features: int, in_features: int, bits: int, processors: int) -> Launch:
+    """The launch, before :func:`fit`, for one row of x and kernels before and after that take turns
+    (:func:`reserved_bytes`): they cannot gather, so the next one may come early."""
+    steps, round_of_tiles, _ = _shape(out_features, in_features, processors)
+    if round_of_tiles == 1:
+        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, False, ahead=AHEAD_BYTES)
+    if steps <= SHORT_STEPS:
+        return Launch(_even(steps, 4), min(4, round_of_tiles), 1, 1, False, ahead=AHEAD_BYTES)
+    late = bits >= BUSY_BITS  # else the next kernel's weights come before this one's x
+    if round_of_tiles == 2:
+        if steps > MAX_WARPS:
+            return Launch(_even(steps, MAX_WARPS), 1, 2, 2, late)
+        return Launch(_even(steps, MAX_WARPS // 2), 1 if late else 2, 2, 1, late)
+    return Launch(_even(steps, MAX_WARPS // 2), 2, 2, 2, late)
+
+
+def _shape(out_features: int, in_features: int, processors: int) -> tuple[int, int, bool]:
+    """Steps of a row; tiles of the busiest block; whether almost all blocks have as many."""
+    tiles = _up(out_features, TILE)
+    round_of_tiles = _up(tiles, processors)
+    return _up(in_features, STEP), round_of_tiles, tiles >= FULL * round_of_tiles * processors
 
 
 def fit(

@@ -68,7 +68,7 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
     gpu = describe(x.device.index)
     shape = (weight.bits, weight.out_features, weight.in_features)
     rows = min(x.shape[0], MAX_ROWS)
-    plan = plan or launch.choose(weight.out_features, weight.in_features, weight.bits, rows, gpu.processors)
+    plan = plan or _plan(weight, fused, rows, gpu.processors)
     plan = launch.fit(plan, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
     module = _module(
         gpu.capability,
@@ -107,6 +107,12 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
         programmatic=True,
     )
     return plan.rows
+
+
+def _plan(weight: Operand, fused: Fused, rows: int, processors: int) -> Launch:
+    if rows == 1 and (fused.norm_weight is not None or fused.residual is not None):
+        return launch.choose_in_chain(weight.out_features, weight.in_features, weight.bits, processors)
+    return launch.choose(weight.out_features, weight.in_features, weight.bits, rows, processors)
 
 
 def _reserved_bytes(plan: Launch, fused: Fused, gpu: Gpu) -> int:
