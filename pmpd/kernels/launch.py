@@ -117,7 +117,7 @@ def choose(out_features: int, in_features: int, bits: int, rows: int, processors
 
 def _several_rows(steps: int, round_of_tiles: int, full: bool, bits: int, rows: int) -> Launch:
     stages = 1 if rows > MAX_ROWS // 2 else 2
-    if steps > SHORT_STEPS and (round_of_tiles == 1 or not full and round_of_tiles == 2):
+    if steps > SHORT_STEPS and (round_of_tiles == 1 or (not full and round_of_tiles == 2)):
         return Launch(_even(steps, MAX_WARPS), 1, stages, 1, False, round_of_tiles == 1)
     alone = round_of_tiles == 1
     late = alone or bits >= BUSY_BITS
