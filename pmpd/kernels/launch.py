@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pmpd.kernels.device import TILE
+from pmpd.kernels.device import MIN_BITS, REGISTER_BITS, TILE
 
 STEP = 256
 """Columns that a warp copies at once."""
@@ -25,7 +25,6 @@ RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory."""
 SHORT_STEPS = 8
 """Steps of a row up to which a product is over before its launch is forgotten."""
-AHEAD_BYTES = 16 * 1024
 BUSY_BITS = 4
 """From here on arithmetic takes longer than reading."""
 FULL = 0.88
@@ -40,7 +39,6 @@ class Launch:
     stages: steps of weights that a warp has under way.
     early: of these, steps asked for before earlier kernels have ended.
     late: let the next kernel come only once x is here.
-    ahead: bytes of the block's pairs, and half as many of each plane, asked for into L2 at the same time.
     alone: let no two blocks of such kernels share a processor.
     blocks: 0 for one a processor.
     rows: of x at a time.
@@ -52,7 +50,6 @@ class Launch:
     early: int = 2
     late: bool = True
     alone: bool = False
-    ahead: int = 0
     blocks: int = 0
     rows: int = MAX_ROWS
 
@@ -104,26 +101,30 @@ def choose(out_features: int, in_features: int, bits: int, rows: int, processors
         if bits < BUSY_BITS and steps <= SHORT_STEPS:
             return Launch(_even(steps, 4), 1, 2, 1, True)
         return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
+    stages = 1 if bits == REGISTER_BITS else 2
     if round_of_tiles == 2 and steps > MAX_WARPS:
-        return Launch(_even(steps, MAX_WARPS), 1, 2, 2, full)
+        return Launch(_even(steps, MAX_WARPS), 1, stages, stages, full)
     splits = _even(steps, MAX_WARPS // 2 if steps > SHORT_STEPS else 4)
-    if bits < BUSY_BITS and full:
+    if full and (bits < BUSY_BITS or steps <= SHORT_STEPS or round_of_tiles == 2):
         return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 1, False)
     if round_of_tiles == 2:
         return Launch(_even(steps, MAX_WARPS // 2), 1, 3, 1, True)
     teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 else 2
-    return Launch(splits, teams, 3 if steps <= SHORT_STEPS else 2, 1, True)
+    return Launch(splits, teams, stages, 1, bits > MIN_BITS)
 
 
 def _several_rows(steps: int, round_of_tiles: int, full: bool, bits: int, rows: int) -> Launch:
-    stages = 1 if rows > MAX_ROWS // 2 else 2
-    if steps > SHORT_STEPS and (round_of_tiles == 1 or (not full and round_of_tiles == 2)):
-        return Launch(_even(steps, MAX_WARPS), 1, stages, 1, False, round_of_tiles == 1)
     alone = round_of_tiles == 1
-    late = alone or bits >= BUSY_BITS
+    stages = 1 if rows > 4 else 2
+    if steps > SHORT_STEPS and (alone or (round_of_tiles == 2 and not full)):
+        stages = 1 if alone else stages
+        return Launch(_even(steps, MAX_WARPS), 1, stages, stages, False, alone)
+    if rows > 2 and round_of_tiles == 2:
+        stages = 1
+    late = alone or (bits >= BUSY_BITS and steps > SHORT_STEPS and round_of_tiles > 2)
     if steps <= SHORT_STEPS:
-        return Launch(_even(steps, 4), min(4, max(rows, round_of_tiles)), stages, 1, late, alone)
-    return Launch(_even(steps, MAX_WARPS // 2), 2, stages, 1, late, alone)
+        return Launch(_even(steps, 4), min(4, max(rows, round_of_tiles)), stages, stages, late, alone)
+    return Launch(_even(steps, MAX_WARPS // 2), 2, stages, stages, late, alone)
 
 
 def choose_in_chain(out_features: int, in_features: int, bits: int, processors: int) -> Launch:
@@ -131,15 +132,16 @@ def choose_in_chain(out_features: int, in_features: int, bits: int, processors: 
     (:func:`reserved_bytes`): they cannot gather, so the next one may come early."""
     steps, round_of_tiles, _ = _shape(out_features, in_features, processors)
     if round_of_tiles == 1:
-        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, False, ahead=AHEAD_BYTES)
+        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, False)
     if steps <= SHORT_STEPS:
-        return Launch(_even(steps, 4), min(4, round_of_tiles), 1, 1, False, ahead=AHEAD_BYTES)
+        return Launch(_even(steps, 4), min(3, round_of_tiles), 1, 1, False)
+    stages = 1 if bits == REGISTER_BITS else 2
     late = bits >= BUSY_BITS  # else the next kernel's weights come before this one's x
-    if round_of_tiles == 2:
-        if steps > MAX_WARPS:
-            return Launch(_even(steps, MAX_WARPS), 1, 2, 2, late)
-        return Launch(_even(steps, MAX_WARPS // 2), 1 if late else 2, 2, 1, late)
-    return Launch(_even(steps, MAX_WARPS // 2), 2, 2, 2, late)
+    if round_of_tiles > 2:
+        return Launch(_even(steps, MAX_WARPS // 2), 2, stages, stages, late)
+    if steps > MAX_WARPS:
+        return Launch(_even(steps, MAX_WARPS), 1, stages, stages, late)
+    return Launch(_even(steps, MAX_WARPS // 2), 1 if late else 2, stages, 1, late)
 
 
 def _shape(out_features: int, in_features: int, processors: int) -> tuple[int, int, bool]:

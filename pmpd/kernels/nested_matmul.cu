@@ -2,12 +2,11 @@
 
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for
-// before the kernels before have ended, and so is, into L2, what lies in the first `ahead` bytes of the block's pairs and
-// in half of that of each plane; `late` lets the next kernel come only once x is here.
+// before the kernels before have ended; `late` lets the next kernel come only once x is here.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,
-              int group_size, int groups, int splits, int early, int ahead, int late) {
+              int group_size, int groups, int splits, int early, int late) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ Staged staged;
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -39,12 +38,6 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     source.pairs = reinterpret_cast<const u8*>(packed) + size_t(first_tile + team) * in_features * 4 + lane * 16;
     source.planes = reinterpret_cast<const u8*>(packed) + 2 * source.plane_bytes +
                     size_t(first_tile + team) * in_features * 2 + lane * 16;
-    if (threadIdx.x == 0 && ahead > 0 && my_tiles > 0) {
-        const u32 there = min(u32(ahead), u32(my_tiles) * in_features * 4);
-        prefetch(packed + size_t(first_tile) * in_features, there);
-        #pragma unroll
-        for (int j = 0; j < PLANES; j++) prefetch(source.planes + j * source.plane_bytes, there / 2);
-    }
     int load_tile = team, load_step = split;
     u32 offset = split * PAIR_BYTES, tile_offset = 0;
     u8* load_slot = ring;

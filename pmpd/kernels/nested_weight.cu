@@ -54,12 +54,6 @@ template <int PENDING>
 __device__ __forceinline__ void wait_copies() {  // until at most so many groups are under way
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
-// Into the L2 cache: nobody waits for it. Both are multiples of 16 bytes.
-__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
 __device__ __forceinline__ void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
