@@ -231,7 +231,7 @@ def profile(name: str, bits: list[int], prompt: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="falling")
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], help="falling; none: 16 bits alone")
     parser.add_argument("--context", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)

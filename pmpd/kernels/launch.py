@@ -103,7 +103,8 @@ def choose(out_features: int, in_features: int, bits: int, rows: int, processors
         return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
     stages = 1 if bits == REGISTER_BITS else 2
     if round_of_tiles == 2 and steps > MAX_WARPS:
-        return Launch(_even(steps, MAX_WARPS), 1, stages, stages, full)
+        most = 11 if full and bits == MIN_BITS else MAX_WARPS
+        return Launch(_even(steps, most), 1, stages, stages, full)
     splits = _even(steps, MAX_WARPS // 2 if steps > SHORT_STEPS else 4)
     if full and (bits < BUSY_BITS or steps <= SHORT_STEPS or round_of_tiles == 2):
         return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 1, False)
