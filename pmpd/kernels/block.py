@@ -51,7 +51,7 @@ class BlockKernels:
         self._choose, self._attend = module["choose"], module["attend"]
         gpu = describe(torch.cuda.current_device())
         self._blocks = BLOCKS_A_PROCESSOR * gpu.processors
-        self._reserved = _reserved_bytes(group, head_dim, gpu.shared_bytes)
+        self._reserved = reserved_bytes(group, head_dim, gpu.shared_bytes)
         most = MAX_ROWS * num_kv_heads + self._blocks
         self._partials = torch.zeros(most * group * (head_dim + 4), device="cuda")
         self._arrivals = torch.zeros(MAX_ROWS * num_kv_heads, dtype=torch.int32, device="cuda")
@@ -111,13 +111,18 @@ def not_supported(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch
     return None
 
 
-def _reserved_bytes(group: int, head_dim: int, shared: int) -> int:
-    """Dynamic shared memory, unused, that keeps attention's blocks apart: ``BLOCKS_A_PROCESSOR`` of them beside a
-    product's (:func:`pmpd.kernels.launch.reserved_bytes`)."""
-    room = shared + launch.RESERVED_BYTES - launch.reserved_bytes(shared, alone=True) - launch.STATIC_SHARED_BYTES // 2
+def static_bytes(group: int, head_dim: int) -> int:
+    """Shared memory that a block of attention declares itself."""
     slots = ATTEND_THREADS * 8 // head_dim
-    own = 4 * group * (slots * (head_dim + 4) + 2 * MAX_SPLITS)
-    return max(0, room // BLOCKS_A_PROCESSOR - launch.RESERVED_BYTES - own - 512)
+    return 4 * group * (slots * (head_dim + 4) + 2 * MAX_SPLITS) + 1
+
+
+def reserved_bytes(group: int, head_dim: int, shared: int) -> int:
+    """Dynamic shared memory, unused, that keeps attention's blocks apart: ``BLOCKS_A_PROCESSOR`` of them beside a
+    product's (:func:`pmpd.kernels.launch.reserved_bytes`), where they are not larger themselves."""
+    room = shared + launch.RESERVED_BYTES - launch.reserved_bytes(shared, alone=True) - launch.STATIC_SHARED_BYTES // 2
+    each = room // BLOCKS_A_PROCESSOR - launch.RESERVED_BYTES - static_bytes(group, head_dim)
+    return max(0, each // 128 * 128)
 
 
 @cache

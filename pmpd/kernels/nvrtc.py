@@ -32,8 +32,6 @@ CARVEOUT_ATTRIBUTE = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 CARVEOUT = 100
 """Percent of a processor's fast memory that is shared memory, the same for all kernels: a processor that must change it
 between two kernels runs empty first."""
-DEFAULT_SHARED_BYTES = 48 * 1024
-"""Dynamic shared memory that a block gets without asking (CUDA C++ Programming Guide, "Compute Capabilities")."""
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 PROGRAMMATIC_CAPABILITY = (9, 0)
 
@@ -88,10 +86,9 @@ class Function:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         if device not in self._shared_limits:
             _check(_driver().cuKernelSetAttribute(CARVEOUT_ATTRIBUTE, CARVEOUT, self.handle, device))
-            self._shared_limits[device] = DEFAULT_SHARED_BYTES
-        if shared_bytes > self._shared_limits[device]:
+        if shared_bytes > self._shared_limits.get(device, 0):  # what the kernel declares itself comes on top
             _check(_driver().cuKernelSetAttribute(SHARED_BYTES_ATTRIBUTE, shared_bytes, self.handle, device))
-            self._shared_limits[device] = shared_bytes
+        self._shared_limits[device] = max(shared_bytes, self._shared_limits.get(device, 0))
         config = _LaunchConfig(
             (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
             (ctypes.c_uint * 3)(*block, *(1,) * (3 - len(block))),

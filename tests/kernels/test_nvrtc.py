@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,25 @@ def test_the_products_kernels_compile_without_a_device(choices: tuple[int, ...],
 def test_without_a_device_compiling_is_refused() -> None:
     with pytest.raises(CudaUnavailableError, match="CUDA device"):
         nvrtc.compile(SCALE)
+
+
+def test_shared_memory_is_asked_for_beside_what_a_kernel_declares_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    driver = SimpleNamespace(
+        cuKernelSetAttribute=lambda attribute, value, kernel, device: asked.append((attribute, value)) or 0,
+        cuLaunchKernelEx=lambda *arguments: 0,
+    )
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    kernel = nvrtc.Function("kernel", nvrtc.ctypes.c_void_p())
+    for shared_bytes in (0, 47 * 1024, 1024, 47 * 1024, 90 * 1024):
+        kernel((1,), (32,), 1, shared_bytes=shared_bytes)
+    assert asked == [
+        (nvrtc.CARVEOUT_ATTRIBUTE, nvrtc.CARVEOUT),
+        (nvrtc.SHARED_BYTES_ATTRIBUTE, 47 * 1024),  # under 48 KiB too: the kernel's own comes on top
+        (nvrtc.SHARED_BYTES_ATTRIBUTE, 90 * 1024),
+    ]
 
 
 @pytest.mark.gpu

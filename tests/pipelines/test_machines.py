@@ -150,7 +150,7 @@ def test_a_cell_on_the_gpu_at_hand_times_its_own_schedules(store, tiny_llama, tm
     lines += ["data=samples", "budget=tiny", "task.overlong=truncate", "task.max_new_tokens=9", "tracking=disabled"]
     lines += ["task.metrics=[rouge_l]", "scheduler=static", "scheduler.switch_step=3", "hardware=gpu", "device=cuda"]
     config = cell(*lines, f"store={store.root}")
-    run_cell(config, tmp_path / "out", "0")
+    run_cell(config, tmp_path / "out")
     frame = pd.read_csv(tmp_path / "out" / "results.csv")
     own = frame[frame.scheduler == "static"].set_index("metric")
     assert own.loc["gpu_decode_throughput", "value"] > 0
