@@ -101,16 +101,19 @@ def choose(out_features: int, in_features: int, bits: int, rows: int, processors
         if bits < BUSY_BITS and steps <= SHORT_STEPS:
             return Launch(_even(steps, 4), 1, 2, 1, True)
         return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
-    stages = 1 if bits == REGISTER_BITS else 2
+    stages = 3 if steps <= SHORT_STEPS else 2
+    if bits == REGISTER_BITS:  # few registers are left for what is under way
+        stages -= 1
     if round_of_tiles == 2 and steps > MAX_WARPS:
         most = 11 if full and bits == MIN_BITS else MAX_WARPS
         return Launch(_even(steps, most), 1, stages, stages, full)
     splits = _even(steps, MAX_WARPS // 2 if steps > SHORT_STEPS else 4)
-    if full and (bits < BUSY_BITS or steps <= SHORT_STEPS or round_of_tiles == 2):
+    short = steps <= SHORT_STEPS or round_of_tiles == 2
+    if full and (bits < BUSY_BITS or (bits == BUSY_BITS and short)):
         return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 1, False)
     if round_of_tiles == 2:
         return Launch(_even(steps, MAX_WARPS // 2), 1, 3, 1, True)
-    teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 else 2
+    teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 and bits != REGISTER_BITS else 2
     return Launch(splits, teams, stages, 1, bits > MIN_BITS)
 
 
