@@ -26,6 +26,7 @@ from decode import SHAPES, commit_here, shape
 from pmpd.decode import prefill
 from pmpd.decode.llama_step import LlamaStep
 from pmpd.decode.random import random_llama
+from pmpd.hardware.gpu import other_processes
 from pmpd.kernels import launch, product
 from pmpd.kernels.launch import Launch
 from pmpd.kernels.product import Fused, Operand, multiply
@@ -123,6 +124,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("times are of a GPU, and PyTorch sees none")
+    if others := other_processes():
+        sys.stderr.write(f"{others} other processes use this GPU: times are of all of them\n")
     rows = []
     for name in args.models:
         chain = Chain(name, args.bits, args.context)

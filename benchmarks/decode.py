@@ -43,6 +43,7 @@ from pmpd.decode.captured import CapturedStep
 from pmpd.decode.graphs import GraphedModel
 from pmpd.decode.llama_step import LlamaStep
 from pmpd.decode.random import random_llama
+from pmpd.hardware.gpu import other_processes
 from pmpd.kernels import nvrtc
 from pmpd.records import Schedule
 from pmpd.schedulers import Planned, Policy
@@ -243,6 +244,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("times are of a GPU, and PyTorch sees none")
+    if others := other_processes():
+        sys.stderr.write(f"{others} other processes use this GPU: times are of all of them\n")
     table = Table(args.context, args.commit or commit_here())
     prompt = torch.randint(3, 32000, (args.context,), generator=torch.Generator().manual_seed(0)).tolist()
     for name in args.models:

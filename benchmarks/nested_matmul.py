@@ -231,6 +231,10 @@ def cases(shapes: Iterable[tuple[int, int]], bits: Iterable[int], rows: Iterable
 
 def measure(providers: list[str], shapes: list[tuple[int, int]], commit: str, path: Path) -> None:
     """Rows of ``path``, written as they come."""
+    from pmpd.hardware.gpu import other_processes
+
+    if others := other_processes():
+        print(f"{others} other processes use this GPU: times are of all of them", flush=True)
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     record = {"gpu": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
     path.parent.mkdir(parents=True, exist_ok=True)
