@@ -3,8 +3,8 @@
     python benchmarks/gpu_schedules.py                             the H100's times in docs/results/gpu
     python benchmarks/gpu_schedules.py --times results.csv         those that experiment=gpu wrote elsewhere
 
-Needs no GPU. A schedule takes the times of its two precisions, as often as its average bits say. The bits are the paper's,
-as far as they are known (``pmpd/report/published/npu.csv``); those solved from its NPU bars are left out.
+Needs no GPU. A schedule takes the times of its two precisions, as often as its average bits say. The bits are the
+paper's, as far as they are known (``pmpd/report/published/npu.csv``); those solved from its NPU bars are left out.
 """
 
 from __future__ import annotations
