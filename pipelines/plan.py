@@ -42,10 +42,14 @@ from pmpd.stages.learned import (
 from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT, QuantizeConfig, QuantizeJointConfig
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
+from pmpd.stages.tuning import TUNE, TuneConfig
 
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
 
+
+TUNING_BATCH = 4
+"""Calibration windows of a tuning step."""
 
 UNIFORM = (SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low)
 
@@ -149,7 +153,7 @@ class Planner:
             data=self.texts_data,
         )
         self.runtime = RuntimeConfig(config.model.dtype.value, device_type(config), config.model.trust_remote_code)
-        self.nested = self._nested(calibration)
+        self.nested = self._tuned(self._nested(calibration), calibration)
         self.search = SEARCH.node(
             SearchConfig(
                 seed_bits=quantizer.seed_bits,
@@ -183,12 +187,31 @@ class Planner:
                         damping=quantizer.damping,
                         refits=quantizer.refits,
                         sweeps=quantizer.sweeps,
+                        outlier_share=quantizer.outlier_share,
                         device=self.runtime.device,
                         trust_remote_code=trust,
                     ),
                     model=self.model,
                     moments=moments,
                 )
+
+    def _tuned(self, nested: Node, calibration: Node) -> Node:
+        """``nested`` with its low precisions' tables tuned, if that is asked for."""
+        quantizer = self.config.quantizer
+        if not quantizer.tuning_steps:
+            return nested
+        return TUNE.node(
+            TuneConfig(
+                bits=list(range(quantizer.seed_bits, min(quantizer.tuning_bits, quantizer.parent_bits) + 1)),
+                steps=quantizer.tuning_steps,
+                rate=quantizer.tuning_rate,
+                batch_size=TUNING_BATCH,
+                runtime=self.runtime.differentiable(),
+            ),
+            model=self.model,
+            nested=nested,
+            texts=calibration,
+        )
 
     def precisions(self) -> Precisions:
         """The cell's precisions: given, or what the search found.

@@ -143,6 +143,10 @@ class QuantizerConfig:
     damping: float = 0.01
     refits: int = 6
     sweeps: int = 2
+    outlier_share: float = 0.0
+    tuning_steps: int = 0
+    tuning_bits: int = 4
+    tuning_rate: float = 0.001
 
 
 @dataclass
@@ -301,7 +305,14 @@ def check(config: Config) -> None:
         refuse("quantizer.high_share", quantizer.high_share, "0 to 1")
     if not quantizer.damping > 0:
         refuse("quantizer.damping", quantizer.damping, "more than 0: a second moment may be rank-deficient")
-    for name, steps in (("refits", quantizer.refits), ("sweeps", quantizer.sweeps)):
+    if quantizer.outlier_share and quantizer.kind is not QuantizerKind.joint:
+        refuse("quantizer.outlier_share", quantizer.outlier_share, "0 with quantizer=anyprec; quantizer=joint has it")
+    if not 0 <= quantizer.outlier_share <= 0.1:
+        refuse("quantizer.outlier_share", quantizer.outlier_share, "0 to 0.1")
+    if not quantizer.tuning_rate > 0:
+        refuse("quantizer.tuning_rate", quantizer.tuning_rate, "more than 0")
+    for name in ("refits", "sweeps", "tuning_steps"):
+        steps = getattr(quantizer, name)
         if steps < 0:
             refuse(f"quantizer.{name}", steps, "0 or more")
 

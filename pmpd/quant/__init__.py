@@ -5,14 +5,20 @@ from pmpd.quant.linear import NestedLinear, PrecisionCell
 from pmpd.quant.moments import accumulate_moments
 from pmpd.quant.nested import NestedWeight, quantize_weight
 from pmpd.quant.sensitivity import accumulate
+from pmpd.quant.sparse import Outliers, highest, take_outliers
+from pmpd.quant.tuning import tune_tables
 
 __all__ = [
     "JointOptions",
     "NestedLinear",
     "NestedWeight",
+    "Outliers",
     "PrecisionCell",
     "accumulate",
     "accumulate_moments",
+    "highest",
     "quantize_jointly",
     "quantize_weight",
+    "take_outliers",
+    "tune_tables",
 ]

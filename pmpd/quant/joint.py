@@ -17,17 +17,18 @@ Steps 2 and 3 never raise the loss. All rows of a layer move together, on the de
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pmpd.quant import joint_cpu, joint_torch, kmeans
+from pmpd.quant import joint_cpu, joint_cuda, joint_start, joint_torch
 from pmpd.quant.nested import MAX_BITS, NestedWeight, pack
+from pmpd.quant.sparse import Outliers, highest, take_outliers
 
 BLOCK_COLUMNS = 64
 """Columns between two updates of all the columns to come: those within a block are updated one by one."""
@@ -46,6 +47,7 @@ class JointOptions:
         damping: share of H's mean diagonal that is added to it.
         refits: conjugate-gradient steps of a refit.
         sweeps: descents over the codes.
+        outlier_share: share of the weights that a sparse float16 term takes.
     """
 
     focus_bits: int = 4
@@ -53,6 +55,7 @@ class JointOptions:
     damping: float = 0.01
     refits: int = 6
     sweeps: int = 2
+    outlier_share: float = 0.0
 
 
 def quantize_jointly(
@@ -82,11 +85,32 @@ def quantize_jointly(
         raise ValueError("weight and moment must be finite")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be >= 1 or None, got {group_size}")
-    solver = Joint(weight.float(), damped(moment.float(), options.damping), group_size)
+    weight, moment = weight.float(), damped(moment.float(), options.damping)
+    outliers = None
+    if options.outlier_share:
+        weight, outliers = set_aside(weight, moment.diagonal(), options.outlier_share, seed_bits, group_size)
+    solver = Joint(weight, moment, group_size)
     last = parent_bits if options.high_share else min(max(options.focus_bits, seed_bits), parent_bits)
     for stage in (range(seed_bits, last + 1), *([b] for b in range(last + 1, parent_bits + 1))):
         solver.run(list(stage), options)
-    return solver.result(parent_bits)
+    return dataclasses.replace(solver.result(parent_bits), outliers=outliers)
+
+
+def set_aside(
+    weight: Tensor, energy: Tensor, share: float, bits: int, group_size: int | None
+) -> tuple[Tensor, Outliers]:
+    """What is left to quantise, and the sparse term taken off it: where k-means of ``bits`` bits would lose most.
+
+    What is left there is the value of the cluster, which every precision has near.
+    """
+    rows, columns = weight.shape
+    group_of = torch.arange(columns, device=weight.device) // (group_size or columns)
+    codes = torch.zeros(rows, columns, dtype=torch.int64, device=weight.device)
+    codes, tables = joint_start.split_clusters(weight, energy, codes, 0, [bits], group_of, entry_sums)
+    near = tables[bits].gather(1, codes + (group_of << bits))
+    chosen = highest(energy * (weight - near).square(), round(share * weight.numel()))
+    outliers = take_outliers(weight, near, chosen)
+    return weight.index_put(outliers.places(), -outliers.values.to(weight.dtype), accumulate=True), outliers.to("cpu")
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
@@ -178,27 +202,13 @@ class Joint:
         """Where in a row's tables of ``bits`` each weight's value is."""
         return (self.codes >> (self.bits - bits)) + (self.group_of << bits)
 
-    def _start(self, stage: Sequence[int]) -> None:
-        """Codes and tables of plain weighted k-means, within the clusters of the bits chosen so far."""
-        rows, columns = self.weight.shape
-        order = torch.argsort(self.group_of, stable=True)
-        values = self.weight[:, order].cpu().numpy()
-        energy = self.moment.diagonal()[order].expand(rows, columns).cpu().numpy()
-        codes = self.codes[:, order].cpu().numpy()
-        tables = {b: np.empty((rows, self.num_groups, 1 << b)) for b in stage}
-        sizes = torch.bincount(self.group_of, minlength=self.num_groups).tolist()
-        first = 0
-        for group, size in enumerate(sizes):
-            part = slice(first, first + size)
-            first += size
-            codes[:, part], own = _split_clusters(values[:, part], energy[:, part], codes[:, part], self.bits, stage)
-            for b in stage:
-                tables[b][:, group] = own[b]
-        device = self.weight.device
-        self.codes = torch.empty_like(self.codes)
-        self.codes[:, order] = torch.from_numpy(codes).to(device)
-        self.bits = stage[-1]
-        self.tables |= {b: torch.from_numpy(t).float().to(device) for b, t in tables.items()}
+    def _start(self, bits: Sequence[int]) -> None:
+        energy = self.moment.diagonal()
+        self.codes, tables = joint_start.split_clusters(
+            self.weight, energy, self.codes, self.bits, bits, self.group_of, entry_sums
+        )
+        self.bits = bits[-1]
+        self.tables |= {b: table.view(len(table), self.num_groups, -1) for b, table in tables.items()}
 
     def _assign(self, stage: Stage) -> None:
         moved = self.weight.expand(len(stage.bits), -1, -1).clone()
@@ -222,15 +232,14 @@ class Joint:
         """Conjugate gradients, from the tables that are there, on each row's ``A^T H A c = A^T H w``."""
         for b in stage.bits:
             entries, size = self._entries(b), self.num_groups << b
-            summed = _steps(entries).summed
-            energy = summed(self.moment.diagonal().expand_as(self.weight).contiguous(), entries, size)
+            energy = entry_sums(self.moment.diagonal().expand_as(self.weight).contiguous(), entries, size)
             inverse = torch.where(energy > 0, 1 / energy, 0.0)  # an entry that no weight uses stays
             table = self.tables[b].flatten(1)
-            residual = summed((self.weight - table.gather(1, entries)) @ self.moment, entries, size)
+            residual = entry_sums((self.weight - table.gather(1, entries)) @ self.moment, entries, size)
             direction = inverse * residual
             rate = (residual * direction).sum(1, keepdim=True)
             for _ in range(steps):
-                image = summed(direction.gather(1, entries) @ self.moment, entries, size)
+                image = entry_sums(direction.gather(1, entries) @ self.moment, entries, size)
                 curvature = (direction * image).sum(1, keepdim=True)
                 step = torch.where(curvature > 0, rate / curvature, 0.0)
                 table = table + step * direction
@@ -244,41 +253,18 @@ class Joint:
     def _columns(self, stage: Stage, block: slice) -> tuple[Any, ...]:
         """What a block's steps need besides their numbers: see ``joint_torch.assign_block``."""
         tables = torch.cat([self.tables[b] for b in stage.bits], dim=2)
-        offsets = [sum(1 << b for b in stage.bits[:s]) for s in range(len(stage.bits))]
-        groups = self.group_of[block].tolist()
         codes, prefix = self.codes[:, block], stage.prefix[:, block]
-        return codes, prefix, stage.below, tables, groups, offsets, list(stage.bits), stage.costs
+        return codes, prefix, stage.below, tables, self.group_of[block], stage.bits, stage.costs
 
     def _blocks(self) -> list[slice]:
         columns = self.weight.shape[1]
         return [slice(s, min(s + BLOCK_COLUMNS, columns)) for s in range(0, columns, BLOCK_COLUMNS)]
 
 
+def entry_sums(values: Tensor, entries: Tensor, num_entries: int) -> Tensor:
+    """float32 ``[rows, num_entries]``: the sum of each row's ``values`` at its ``entries`` (int64)."""
+    return _steps(values).summed(values, entries, num_entries)
+
+
 def _steps(tensor: Tensor) -> ModuleType:
-    return joint_cpu if tensor.device.type == "cpu" else joint_torch
-
-
-def _split_clusters(
-    values: np.ndarray, energy: np.ndarray, codes: np.ndarray, bits: int, stage: Sequence[int]
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """K-means below the clusters of ``codes`` (``bits`` bits): codes ``[rows, n]`` of the stage's last precision, and
-    the tables ``[rows, 2**b]`` of each."""
-    rows = len(values)
-    if bits == 0:
-        ordered = kmeans.sort_rows(np.ascontiguousarray(values), np.ascontiguousarray(energy))
-        cuts = kmeans.seed_clusters(ordered, 1 << stage[0])
-        rest = stage[1:]
-        tables = {stage[0]: kmeans.centroids(ordered, cuts)}
-    else:
-        order = np.lexsort((values, codes), axis=1).astype(np.int32)
-        weights = np.take_along_axis(energy, order, 1).astype(np.float64)
-        weights = np.maximum(weights / weights.mean(1, keepdims=True), kmeans.WEIGHT_FLOOR)
-        ordered = kmeans.SortedRows(order, np.take_along_axis(values, order, 1).astype(np.float64), weights)
-        places = codes + (np.arange(rows) << bits)[:, None]
-        counts = np.bincount(places.ravel(), minlength=rows << bits).reshape(rows, -1)
-        cuts = np.concatenate([np.zeros((rows, 1), np.int32), counts.cumsum(1, dtype=np.int32)], axis=1)
-        rest, tables = stage, {}
-    for b in rest:
-        cuts = kmeans.split_clusters(ordered, cuts)
-        tables[b] = kmeans.centroids(ordered, cuts)
-    return kmeans.labels(ordered, cuts).astype(np.int64), tables
+    return {"cpu": joint_cpu, "cuda": joint_cuda}.get(tensor.device.type, joint_torch)

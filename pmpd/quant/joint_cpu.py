@@ -31,16 +31,10 @@ def summed(values: Tensor, entries: Tensor, num_entries: int) -> Tensor:
 
 
 def _arrays(
-    codes: Tensor,
-    prefix: Tensor,
-    below: int,
-    tables: Tensor,
-    groups: Sequence[int],
-    offsets: Sequence[int],
-    bits: Sequence[int],
-    costs: Tensor,
+    codes: Tensor, prefix: Tensor, below: int, tables: Tensor, groups: Tensor, bits: Sequence[int], costs: Tensor
 ) -> tuple[Any, ...]:
-    whole = (np.asarray(values, np.int64) for values in (groups, offsets, bits))
+    offsets = np.array([(1 << b) - (1 << bits[0]) for b in bits])
+    whole = (groups.numpy(), offsets, np.array(bits))
     return codes.numpy(), prefix.numpy(), below, tables.numpy(), *whole, costs.numpy()
 
 

@@ -1,4 +1,5 @@
-"""The column steps of joint quantisation in plain PyTorch, all rows at once: their definition, and what a GPU runs."""
+"""The column steps of joint quantisation in plain PyTorch, all rows at once: the definition of what ``joint_cpu`` and
+``joint_cuda`` compute. A stage's precisions are consecutive, and their tables lie end to end."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ def _nearest(
     targets: Tensor,
     costs: Tensor,
     table: Tensor,
-    offsets: Sequence[int],
     bits: Sequence[int],
     prefix: Tensor,
     below: int,
@@ -25,7 +25,7 @@ def _nearest(
     entries, total = [], None
     for s, b in enumerate(bits):
         children = torch.arange(1 << (b - below), device=table.device)
-        entries.append(table.gather(1, offsets[s] + (prefix[:, None] << (b - below)) + children))
+        entries.append(table.gather(1, (1 << b) - (1 << bits[0]) + (prefix[:, None] << (b - below)) + children))
         cost = (targets[s][:, None] - entries[s]).square_() * costs[s][:, None]
         total = cost if total is None else cost + total.repeat_interleave(1 << (b - bits[s - 1]), dim=1)
     assert total is not None
@@ -42,8 +42,7 @@ def assign_block(
     prefix: Tensor,
     below: int,
     tables: Tensor,
-    groups: Sequence[int],
-    offsets: Sequence[int],
+    groups: Tensor,
     bits: Sequence[int],
     costs: Tensor,
 ) -> None:
@@ -55,12 +54,12 @@ def assign_block(
         feedback: float32 ``[columns, columns]``, the block's part of U with H^-1 = U^T U.
         codes: int64 ``[rows, columns]``, written.
         prefix: int64 ``[rows, columns]``, what earlier stages chose, of ``below`` bits.
-        tables: float32 ``[rows, groups, entries]``, all precisions of the stage end to end, from ``offsets``.
-        groups: of each column.
+        tables: float32 ``[rows, groups, entries]``, all precisions of the stage end to end.
+        groups: int64 ``[columns]``, of each column.
         costs: float32 ``[precisions, rows]``.
     """
-    for j, group in enumerate(groups):
-        codes[:, j], values = _nearest(moved[:, :, j], costs, tables[:, group], offsets, bits, prefix[:, j], below)
+    for j, group in enumerate(groups.tolist()):
+        codes[:, j], values = _nearest(moved[:, :, j], costs, tables[:, group], bits, prefix[:, j], below)
         errors[:, :, j] = (moved[:, :, j] - values) / feedback[j, j]
         moved[:, :, j + 1 :] -= errors[:, :, j, None] * feedback[j, j + 1 :]
 
@@ -73,8 +72,7 @@ def descend_block(
     prefix: Tensor,
     below: int,
     tables: Tensor,
-    groups: Sequence[int],
-    offsets: Sequence[int],
+    groups: Tensor,
     bits: Sequence[int],
     costs: Tensor,
 ) -> None:
@@ -82,14 +80,14 @@ def descend_block(
 
     Args:
         values: float32 ``[precisions, rows, columns]``, changed to the new values.
-        pull: the same, ``(w - q) H``, minus half the loss's gradient; changed.
+        pull: the same, ``(w - q) H``, minus half the loss's gradient; may be changed.
         moment: float32 ``[columns, columns]``, the block's part of H.
         codes: int64 ``[rows, columns]``, changed.
-        prefix, below, tables, groups, offsets, bits, costs: as in :func:`assign_block`.
+        prefix, below, tables, groups, bits, costs: as in :func:`assign_block`.
     """
-    for j, group in enumerate(groups):
+    for j, group in enumerate(groups.tolist()):
         targets = values[:, :, j] + pull[:, :, j] / moment[j, j]
-        codes[:, j], chosen = _nearest(targets, costs, tables[:, group], offsets, bits, prefix[:, j], below)
+        codes[:, j], chosen = _nearest(targets, costs, tables[:, group], bits, prefix[:, j], below)
         pull -= (chosen - values[:, :, j])[:, :, None] * moment[j]
         values[:, :, j] = chosen
 

@@ -123,6 +123,7 @@ class NestedLinear(nn.Module):
         # Moves with the module, and so says where and in which dtype to compute when the original is gone.
         self.register_buffer("anchor", torch.empty(0, dtype=like.dtype, device=like.device), persistent=False)
         self.nested = weight
+        self.has_outliers = weight.outliers is not None
         self.precisions = tuple(sorted(weight.centroids))
         self.cell = cell
         self._dequantized: dict[int, Tensor] = {}
@@ -136,12 +137,17 @@ class NestedLinear(nn.Module):
     @property
     def packed(self) -> cuda.DeviceWeight | None:
         """The weight as the CUDA kernels read it, made when first asked for; None where they do not compute (a CPU,
-        float32). Planes that lie on the GPU themselves are then given up: :attr:`nested` is None.
+        float32, outliers). Planes that lie on the GPU themselves are then given up: :attr:`nested` is None.
 
         Raises:
             ValueError: a weight that the kernels do not do; the message names it.
         """
-        if self._packed is None and self.anchor.is_cuda and self.anchor.dtype in PACKED_DTYPES:
+        if (
+            self._packed is None
+            and self.anchor.is_cuda
+            and self.anchor.dtype in PACKED_DTYPES
+            and not self.has_outliers
+        ):
             assert self.nested is not None
             there = self.nested.to(self.anchor.device)
             self._packed = cuda.prepare(

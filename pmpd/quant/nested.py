@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pmpd import kernels
 from pmpd.quant import kmeans, lloyd
+from pmpd.quant.sparse import Outliers
 
 MAX_BITS = 8
 SOLVERS = ("exact", "lloyd")
@@ -30,12 +31,14 @@ class NestedWeight:
     centroids: for each precision b, float16 ``[out, groups, 2**b]``.
     in_features: columns; the planes are padded to whole words.
     group_size: columns that share a table, the last group may be shorter; ``None`` for one table a row.
+    outliers: a sparse term that every precision adds; ``None`` for none.
     """
 
     planes: Tensor
     centroids: dict[int, Tensor]
     in_features: int
     group_size: int | None = None
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         if not self.centroids:
@@ -56,14 +59,44 @@ class NestedWeight:
         return min(self.centroids)
 
     def dequantize(self, bits: int, dtype: torch.dtype = torch.float16) -> Tensor:
-        """``[out, in]`` at ``bits`` bits. Reads the first ``bits`` planes and that precision's tables only.
+        """``[out, in]`` at ``bits`` bits, outliers added. Reads the first ``bits`` planes and that precision's tables.
 
         Raises:
             ValueError: there are no tables for ``bits``.
         """
         self._check(bits)
         tables = self.centroids[bits].to(dtype)
-        return kernels.dequantize(self.planes, tables, bits, self.in_features, self.group_size)
+        dense = kernels.dequantize(self.planes, tables, bits, self.in_features, self.group_size)
+        return dense if self.outliers is None else self.outliers.add_to(dense)
+
+    def true_bits(self, bits: int) -> float:
+        """What is read a weight at ``bits`` bits: planes, that precision's tables, outliers.
+
+        Raises:
+            ValueError: there are no tables for ``bits``.
+        """
+        self._check(bits)
+        table = self.centroids[bits]
+        beside = 8 * table.numel() * table.element_size() + (self.outliers.stored_bits if self.outliers else 0)
+        return (32 * self.planes[:bits].numel() + beside) / (self.out_features * self.in_features)
+
+    def entries(self, bits: int) -> Tensor:
+        """Where in its row's tables of ``bits`` bits each weight's value is: ``[out, in]`` of whole numbers.
+
+        Raises:
+            ValueError: there are no tables for ``bits``.
+        """
+        self._check(bits)
+        shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=self.planes.device)
+        codes = torch.zeros(self.out_features, self.in_features, dtype=torch.uint8, device=self.planes.device)
+        for plane in self.planes[:bits]:
+            ones = ((plane[..., None] >> shifts) & 1).flatten(1)[:, : self.in_features]
+            codes = (codes << 1) | ones.to(torch.uint8)
+        if self.centroids[bits].shape[1] == 1:
+            return codes
+        assert self.group_size is not None
+        groups = torch.arange(self.in_features, device=codes.device) // self.group_size
+        return codes + (groups << bits).int()
 
     def prefix(self, bits: int) -> NestedWeight:
         """The same weight without what only precisions above ``bits`` read; shares memory.
@@ -73,19 +106,20 @@ class NestedWeight:
         """
         self._check(bits)
         tables = {b: table for b, table in self.centroids.items() if b <= bits}
-        return NestedWeight(self.planes[:bits], tables, self.in_features, self.group_size)
+        return NestedWeight(self.planes[:bits], tables, self.in_features, self.group_size, self.outliers)
 
     def to(self, device: torch.device | str) -> NestedWeight:
         """On ``device``."""
         tables = {b: table.to(device) for b, table in self.centroids.items()}
-        return NestedWeight(self.planes.to(device), tables, self.in_features, self.group_size)
+        outliers = None if self.outliers is None else self.outliers.to(device)
+        return NestedWeight(self.planes.to(device), tables, self.in_features, self.group_size, outliers)
 
     def _check(self, bits: int) -> None:
         if bits not in self.centroids:
             raise ValueError(f"bits={bits} is not available; this weight has {sorted(self.centroids)}")
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Named tensors for a file: ``<prefix>.planes``, ``<prefix>.centroids.<bits>`` and ``<prefix>.layout``.
+        """Named tensors for a file: ``<prefix>.planes``, ``<prefix>.centroids.<bits>``, ``<prefix>.layout``, outliers'.
 
         ``layout`` is int64 ``[in_features, group_size]``, with 0 for whole rows.
         """
@@ -93,7 +127,8 @@ class NestedWeight:
             f"{prefix}.planes": self.planes.contiguous(),
             f"{prefix}.layout": torch.tensor([self.in_features, self.group_size or 0]),
         }
-        return tensors | {f"{prefix}.centroids.{bits}": table for bits, table in self.centroids.items()}
+        tensors |= {f"{prefix}.centroids.{bits}": table for bits, table in self.centroids.items()}
+        return tensors if self.outliers is None else tensors | self.outliers.to_tensors(prefix)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> NestedWeight:
@@ -108,7 +143,13 @@ class NestedWeight:
         in_features, group_size = tensors[f"{prefix}.layout"].tolist()
         start = f"{prefix}.centroids."
         tables = {int(name.removeprefix(start)): t for name, t in tensors.items() if name.startswith(start)}
-        return cls(tensors[f"{prefix}.planes"], dict(sorted(tables.items())), in_features, group_size or None)
+        return cls(
+            tensors[f"{prefix}.planes"],
+            dict(sorted(tables.items())),
+            in_features,
+            group_size or None,
+            Outliers.from_tensors(tensors, prefix),
+        )
 
 
 def quantize_weight(

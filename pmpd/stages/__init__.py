@@ -16,6 +16,7 @@ from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT
 from pmpd.stages.rollouts import ROLLOUTS
 from pmpd.stages.search import SEARCH
 from pmpd.stages.timing import LATENCY, LINEARS
+from pmpd.stages.tuning import TUNE
 
 STAGES: dict[str, Stage[Any]] = {
     stage.name: stage
@@ -29,6 +30,7 @@ STAGES: dict[str, Stage[Any]] = {
         MOMENTS,
         QUANTIZE,
         QUANTIZE_JOINT,
+        TUNE,
         SEARCH,
         ROLLOUTS,
         FIT_STATIC,
