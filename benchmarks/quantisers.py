@@ -49,7 +49,7 @@ HEADER = ("quantizer", "options", "bits", "true_bits", "corpus", "perplexity", "
 BITS = (2, 3, 4, 5, 6, 8)
 NEW_TOKENS = 64
 NEWS = "Summarize this news article in two or three short sentences.\n\nArticle: {document}\n\nSummary:"
-JOINT = {"focus_bits": 4, "high_share": 0.0, "damping": 0.01, "refits": 6, "sweeps": 2, "outlier_share": 0.0}
+JOINT = {"focus_bits": 4, "high_share": 0.25, "damping": 0.01, "refits": 3, "sweeps": 2, "outlier_share": 0.0}
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,13 @@ def assign_block(
     errors: Tensor,
     feedback: Tensor,
     codes: Tensor,
-    prefix: Tensor,
-    below: int,
     tables: Tensor,
     groups: Tensor,
     bits: Sequence[int],
     costs: Tensor,
 ) -> None:
     """As :func:`pmpd.quant.joint_torch.assign_block`."""
-    _launch("assign_block", (moved, errors, feedback.contiguous()), codes, prefix, below, tables, groups, bits, costs)
+    _launch("assign_block", (moved, errors, feedback.contiguous()), codes, tables, groups, bits, costs)
 
 
 def descend_block(
@@ -43,15 +41,13 @@ def descend_block(
     pull: Tensor,
     moment: Tensor,
     codes: Tensor,
-    prefix: Tensor,
-    below: int,
     tables: Tensor,
     groups: Tensor,
     bits: Sequence[int],
     costs: Tensor,
 ) -> None:
     """As :func:`pmpd.quant.joint_torch.descend_block`, but ``pull`` is not changed."""
-    _launch("descend_block", (values, pull, moment.contiguous()), codes, prefix, below, tables, groups, bits, costs)
+    _launch("descend_block", (values, pull, moment.contiguous()), codes, tables, groups, bits, costs)
 
 
 def summed(values: Tensor, entries: Tensor, num_entries: int) -> Tensor:
@@ -80,8 +76,6 @@ def _launch(
     name: str,
     numbers: tuple[Tensor, Tensor, Tensor],
     codes: Tensor,
-    prefix: Tensor,
-    below: int,
     tables: Tensor,
     groups: Tensor,
     bits: Sequence[int],
@@ -89,7 +83,7 @@ def _launch(
 ) -> None:
     _, rows, columns = numbers[0].shape
     assert all(number.is_contiguous() for number in (*numbers, tables, groups, costs))
-    assert codes.stride(1) == prefix.stride(1) == 1
+    assert codes.stride(1) == 1
     with torch.cuda.device(codes.device):
         _module()[name](
             (-(-rows // WARPS),),
@@ -97,9 +91,6 @@ def _launch(
             *numbers,
             codes,
             codes.stride(0),
-            prefix,
-            prefix.stride(0),
-            below,
             tables,
             groups,
             tables.shape[1],

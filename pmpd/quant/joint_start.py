@@ -1,83 +1,58 @@
-"""Where joint quantisation starts: k-means of each row under its moment's diagonal, below the codes that are there.
+"""Where joint quantisation starts: exact k-means of each row under its moment's diagonal, every further bit a split.
 
-On the tensors' device, all rows at once. Each further bit cuts every cluster at its mean, then Lloyd's iterations
-move the cut; nothing is random.
+Rows are sorted on the tensors' device and clustered on the CPU, a bounded number of weights at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-ITERATIONS = 4
+from pmpd.quant import kmeans
 
-Summed = Callable[[Tensor, Tensor, int], Tensor]
-"""As :func:`pmpd.quant.joint_torch.summed`."""
+BLOCK_WEIGHTS = 1 << 24
+"""Weights clustered at a time: about 60 bytes each, so 1 GiB."""
 
 
-def split_clusters(
-    weight: Tensor, energy: Tensor, codes: Tensor, below: int, bits: Sequence[int], group_of: Tensor, summed: Summed
+def clusters(
+    weight: Tensor, energy: Tensor, precisions: range, group_size: int | None
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Codes of ``bits[-1]`` bits that go on from ``codes`` of ``below``, and the flat table of each precision.
-
-    With ``below`` 0 the clusters of ``bits[0]`` are free; every other bit splits clusters.
+    """Codes at the last of ``precisions`` and the table of each.
 
     Args:
         weight: float32 ``[out, in]``.
         energy: float32 ``[in]``, positive: what a squared error in each column counts.
-        codes: int64 ``[out, in]``.
-        group_of: int64 ``[in]``, the group of columns, each with tables of its own.
+        group_size: columns that share a table; ``None`` for whole rows.
 
     Returns:
-        int64 ``[out, in]``, and for each precision b float32 ``[out, groups * 2**b]``. An empty cluster has the value
-        of the one that it was split from.
+        int64 ``[out, in]``, and for each precision b float32 ``[out, groups, 2**b]``.
     """
-    groups = int(group_of.max()) + 1
-    mass = energy.expand_as(weight).contiguous()
-    moment = mass * weight
-
-    def means(codes: Tensor, b: int, fallback: Tensor) -> Tensor:
-        entries, size = codes + (group_of << b), groups << b
-        total = summed(mass, entries, size)
-        return torch.where(total > 0, summed(moment, entries, size) / total, fallback)
-
-    def nearer(codes: Tensor, b: int, table: Tensor) -> Tensor:
-        """The nearer half of each cluster of ``b - 1`` bits."""
-        left = (codes >> 1 << 1) + (group_of << b)
-        to_left, to_right = ((weight - table.gather(1, left + half)).abs() for half in (0, 1))
-        return (codes >> 1 << 1) + (to_right < to_left)
-
-    tables = {}
-    table = means(codes, below, weight.new_zeros(len(weight), groups << below))
-    for b in range(below + 1, bits[-1] + 1):
-        parents = table.gather(1, codes + (group_of << b - 1))
-        codes = 2 * codes + (weight > parents)
-        table = means(codes, b, table.repeat_interleave(2, 1))
-        for _ in range(ITERATIONS):
-            codes = nearer(codes, b, table)
-            table = means(codes, b, table)
-        if b == bits[0] and not below:
-            codes, table = _free(weight, codes, b, table, group_of, means)
-        if b >= bits[0]:
-            tables[b] = table
+    rows, columns = weight.shape
+    span = min(group_size or columns, columns)
+    whole = columns // span * span
+    codes = torch.empty(rows, columns, dtype=torch.int64, device=weight.device)
+    tables = {b: weight.new_empty(rows, -(-columns // span), 1 << b) for b in precisions}
+    for first in range(0, rows, max(1, BLOCK_WEIGHTS // columns)):
+        block = slice(first, first + max(1, BLOCK_WEIGHTS // columns))
+        for part, width in ((slice(0, whole), span), (slice(whole, columns), columns - whole)):
+            if width == 0:
+                continue
+            own = weight[block, part]
+            groups = slice(part.start // span, part.start // span + own.shape[1] // width)
+            ordered = _sorted(own.reshape(-1, width), energy[part].expand_as(own).reshape(-1, width))
+            cuts = kmeans.seed_clusters(ordered, 1 << precisions[0])
+            for b in precisions:
+                if b > precisions[0]:
+                    cuts = kmeans.split_clusters(ordered, cuts)
+                means = torch.from_numpy(kmeans.centroids(ordered, cuts))
+                tables[b][block, groups] = means.view(len(own), -1, 1 << b).to(weight)
+            codes[block, part] = torch.from_numpy(kmeans.labels(ordered, cuts)).view(own.shape).to(codes)
     return codes, tables
 
 
-def _free(
-    weight: Tensor,
-    codes: Tensor,
-    b: int,
-    table: Tensor,
-    group_of: Tensor,
-    means: Callable[[Tensor, int, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Lloyd's iterations over all clusters of ``b`` bits; a value may only move to a neighbouring cluster at a time."""
-    for _ in range(4 * ITERATIONS):
-        near = codes + torch.arange(-1, 2, device=codes.device)[:, None, None]
-        near = near.clamp(0, (1 << b) - 1)
-        away = torch.stack([(weight - table.gather(1, c + (group_of << b))).abs() for c in near])
-        codes = near.gather(0, away.argmin(0, keepdim=True))[0]
-        table = means(codes, b, table)
-    return codes, table
+def _sorted(values: Tensor, weights: Tensor) -> kmeans.SortedRows:
+    """As :func:`kmeans.sort_rows`, on the tensors' device; weights are positive."""
+    ordered, order = values.sort(dim=1, stable=True)
+    weights = weights.gather(1, order)
+    weights = (weights / weights.mean(1, keepdim=True)).clamp_min(kmeans.WEIGHT_FLOOR)
+    return kmeans.SortedRows(order.int().cpu().numpy(), ordered.cpu().double().numpy(), weights.cpu().double().numpy())

@@ -1,5 +1,5 @@
 // The column steps of joint quantisation on a GPU, a warp a row. joint_torch.py defines what they compute; joint_cuda.py
-// launches them. A stage's precisions are first .. first + num - 1, and their tables lie end to end.
+// launches them. Precisions are first .. first + num - 1, and their tables lie end to end.
 
 constexpr int LANES = 32;
 constexpr int WARPS = 4;
@@ -9,40 +9,37 @@ constexpr unsigned ALL = 0xffffffffu;
 
 __device__ int offset_of(int first, int s) { return (1 << (first + s)) - (1 << first); }
 
-// The leaf of least summed cost below the prefix, the first of equals: the same in every lane.
-__device__ int nearest(const float* targets, const float* costs, const float* table, int first, int num, int prefix,
-                       int below) {
+// The code of least summed cost, the first of equals: the same in every lane.
+__device__ int nearest(const float* targets, const float* costs, const float* table, int first, int num) {
     const int lane = threadIdx.x % LANES;
-    const int leaves = 1 << (first + num - 1 - below);
-    const int base = prefix * leaves;
+    const int codes = 1 << (first + num - 1);
     float best = __int_as_float(0x7f800000);
-    int leaf = 0;
-    for (int l = lane; l < leaves; l += LANES) {
+    int code = 0;
+    for (int c = lane; c < codes; c += LANES) {
         float cost = 0.0f;
         for (int s = 0; s < num; s++) {
-            const float d = targets[s * COLUMNS] - table[offset_of(first, s) + ((base + l) >> (num - 1 - s))];
+            const float d = targets[s * COLUMNS] - table[offset_of(first, s) + (c >> (num - 1 - s))];
             cost += d * d * costs[s];
         }
         if (cost < best) {
             best = cost;
-            leaf = l;
+            code = c;
         }
     }
     for (int mask = LANES / 2; mask; mask /= 2) {
         const float other_best = __shfl_xor_sync(ALL, best, mask);
-        const int other_leaf = __shfl_xor_sync(ALL, leaf, mask);
-        if (other_best < best || (other_best == best && other_leaf < leaf)) {
+        const int other_code = __shfl_xor_sync(ALL, code, mask);
+        if (other_best < best || (other_best == best && other_code < code)) {
             best = other_best;
-            leaf = other_leaf;
+            code = other_code;
         }
     }
-    return base + leaf;
+    return code;
 }
 
 extern "C" __global__ void assign_block(const float* moved, float* errors, const float* feedback, long long* codes,
-                                        int codes_stride, const long long* prefix, int prefix_stride, int below,
-                                        const float* tables, const long long* groups, int num_groups,
-                                        const float* costs, int first, int num, int rows, int columns) {
+                                        int codes_stride, const float* tables, const long long* groups,
+                                        int num_groups, const float* costs, int first, int num, int rows, int columns) {
     __shared__ float all_targets[WARPS][PRECISIONS * COLUMNS], all_errors[WARPS][PRECISIONS * COLUMNS];
     __shared__ float all_costs[WARPS][PRECISIONS];
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -58,7 +55,7 @@ extern "C" __global__ void assign_block(const float* moved, float* errors, const
     __syncwarp();
     for (int j = 0; j < columns; j++) {
         const float* table = tables + (row * num_groups + groups[j]) * entries;
-        const int code = nearest(targets + j, own_costs, table, first, num, (int)prefix[row * prefix_stride + j], below);
+        const int code = nearest(targets + j, own_costs, table, first, num);
         if (lane == 0) codes[row * codes_stride + j] = code;
         for (int s = 0; s < num; s++) {
             const float value = table[offset_of(first, s) + (code >> (num - 1 - s))];
@@ -75,7 +72,7 @@ extern "C" __global__ void assign_block(const float* moved, float* errors, const
 }
 
 extern "C" __global__ void descend_block(float* values, const float* pull, const float* moment, long long* codes,
-                                         int codes_stride, const long long* prefix, int prefix_stride, int below,
+                                         int codes_stride,
                                          const float* tables, const long long* groups, int num_groups,
                                          const float* costs, int first, int num, int rows, int columns) {
     __shared__ float all_values[WARPS][PRECISIONS * COLUMNS], all_pulls[WARPS][PRECISIONS * COLUMNS];
@@ -100,7 +97,7 @@ extern "C" __global__ void descend_block(float* values, const float* pull, const
             targets[lane * COLUMNS] =
                 own_values[lane * COLUMNS + j] + own_pull[lane * COLUMNS + j] / moment[j * columns + j];
         __syncwarp();
-        const int code = nearest(targets, own_costs, table, first, num, (int)prefix[row * prefix_stride + j], below);
+        const int code = nearest(targets, own_costs, table, first, num);
         if (lane == 0) codes[row * codes_stride + j] = code;
         for (int s = 0; s < num; s++) {
             const float value = table[offset_of(first, s) + (code >> (num - 1 - s))];
