@@ -77,7 +77,7 @@ class Quantizer:
         return " ".join(parts)
 
 
-TUNED = (64, 0.01)
+TUNED = (64, 0.003)
 QUANTIZERS: dict[str, Quantizer] = {
     "anyprec": Quantizer("anyprec", {"solver": "lloyd"}),
     "anyprec-exact": Quantizer("anyprec", {"solver": "exact"}),
