@@ -23,15 +23,14 @@ from pmpd.models import attach
 from pmpd.records import Schedule, average_bits
 
 HEADER = ("quantizer", "schedule", "average_bits", "agreement", "low", "high", "n", "commit")
-PAIRS = ((4, 3), (4, 2), (3, 2))
-STEPS = (0, 8, 16, 32, 48)
 RESAMPLES = 2000
 
 
-def schedules(available: list[int]) -> list[Schedule]:
-    """Those that a nested model of these precisions has."""
-    static = [Schedule(high, (high, low), (step,)) for high, low in PAIRS for step in STEPS]
-    chosen = [Schedule.uniform(bits) for bits in (2, 3, 4, 5, 6)] + static
+def schedules(uniform: list[int], pairs: list[str], steps: list[int], available: list[int]) -> list[Schedule]:
+    """Those that a nested model of the precisions ``available`` has."""
+    levels = [tuple(int(bits) for bits in pair.split("/")) for pair in pairs]
+    static = [Schedule(high, (high, low), (step,)) for high, low in levels for step in steps]
+    chosen = [Schedule.uniform(bits) for bits in uniform] + static
     return [s.canonical(NEW_TOKENS) for s in chosen if {s.prefill_bits, *s.levels} <= set(available)]
 
 
@@ -42,6 +41,9 @@ def mean(sums: np.ndarray) -> np.ndarray:
 def main() -> None:
     arguments = parser(__doc__, Path("docs/results/quantiser_schedules.csv"))
     arguments.add_argument("--nested", nargs="+", required=True, metavar="NAME=DIR")
+    arguments.add_argument("--uniform", nargs="+", type=int, default=[2, 3, 4, 5, 6])
+    arguments.add_argument("--pairs", nargs="+", default=["4/3", "4/2", "3/2"])
+    arguments.add_argument("--steps", nargs="+", type=int, default=[0, 8, 16, 32, 48])
     args = arguments.parse_args()
     with tempfile.TemporaryDirectory() as scratch, args.out.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
@@ -50,7 +52,7 @@ def main() -> None:
         for name, folder in (pair.split("=", 1) for pair in args.nested):
             model = bench.model()
             cell = attach(model, Path(folder))
-            wanted = schedules(cell.available)
+            wanted = schedules(args.uniform, args.pairs, args.steps, cell.available)
             for schedule, tokens in zip(wanted, bench.tokens_under(model, cell, wanted), strict=True):
                 bits = [average_bits(schedule.bits_of(len(ids))) for ids in tokens if len(ids) > 1]
                 scores = bench.agreement([bench.prompter.text(ids) for ids in tokens])

@@ -196,7 +196,7 @@ class Joint:
         codes[:, self.order] = self.codes
         limit = torch.finfo(torch.float16).max
         return NestedWeight(
-            torch.from_numpy(pack(codes.to("cpu", torch.uint8).numpy(), self.precisions[-1])),
+            pack(codes.to(torch.uint8), self.precisions[-1]).cpu(),
             {b: t.clamp(-limit, limit).half().cpu() for b, t in self.tables.items()},
             codes.shape[1],
             None if self.num_groups == 1 else self.group_size,
