@@ -40,7 +40,7 @@ from pmpd.stages.calibration import MomentsConfig, SensitivityConfig, run_moment
 from pmpd.stages.quantization import QuantizeConfig, QuantizeJointConfig, run_quantize, run_quantize_joint
 from pmpd.stages.rollouts import by_length
 from pmpd.stages.runtime import load_prompter
-from pmpd.stages.tuning import TuneConfig, run_tune
+from pmpd.stages.tuning import TuneTablesConfig, run_tune_tables
 from pmpd.tasks import build, locate, read_rows, role_rows, windows
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "quantisers.csv"
@@ -200,8 +200,8 @@ def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], 
             run_quantize_joint(QuantizeJointConfig(*common, **options), inputs, untuned)
     if quantizer.tuning:
         steps, rate = quantizer.tuning
-        config = TuneConfig([2, 3, 4], steps, rate, 4, RuntimeConfig("float32", device))
-        run_tune(config, {**inputs, "nested": untuned}, out)
+        config = TuneTablesConfig([2, 3, 4], steps, rate, 4, RuntimeConfig("float32", device))
+        run_tune_tables(config, {**inputs, "nested": untuned}, out)
     spent += time.perf_counter() - start
     (out / "seconds").write_text(str(spent))
     return spent
@@ -260,7 +260,7 @@ def measured(
         scores = bench.agreement(bench.answers(model, cell, bits))
         agreement = sum(scores) / len(scores)
     for corpus, cut in bench.corpora.items():
-        yield corpus, perplexity(*window_nll(model, cell, cut, bits, batch_size=4)), agreement
+        yield corpus, perplexity(window_nll(model, cell, cut, bits, batch_size=4)), agreement
 
 
 def main() -> None:

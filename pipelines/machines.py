@@ -60,6 +60,7 @@ class Measured:
     Attributes:
         levels: the cell's precisions, falling.
         runtime: of its evaluation; times of a GPU are on that whatever it says.
+        dense_sparse: the model that was evaluated where it is not ``nested``.
     """
 
     model: Input
@@ -67,6 +68,7 @@ class Measured:
     evaluation: Node
     levels: tuple[int, ...]
     runtime: RuntimeConfig
+    dense_sparse: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ def measures(config: Config, store: Store, of: Measured, *, reading: bool) -> Me
             resamples=budget.bootstrap_resamples,
             seed=config.seed,
         )
-        return Measures(ESTIMATE.node(estimate, evaluation=of.evaluation, model=of.model), steps, None)
+        outliers = {} if of.dense_sparse is None else {"dense_sparse": of.dense_sparse}
+        return Measures(ESTIMATE.node(estimate, evaluation=of.evaluation, model=of.model, **outliers), steps, None)
+    if of.dense_sparse is not None:
+        raise ConfigError(f"hardware={hardware.name} is not possible: no GPU kernel reads outliers; npu_4k estimates")
     forwards = hardware.linear_forwards
 
     def linears(machine: str) -> Node:

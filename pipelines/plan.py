@@ -7,42 +7,36 @@ search's result before anything after it is keyed, so that ``null`` and an expli
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipelines.choices import SEARCHED, Choosing, Precisions, candidates, choose, prefill_bits
 from pipelines.machines import Measured, Measures, check_hardware, measures
 from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Input, Node, Store
 from pmpd.config import (
     Config,
     ConfigError,
+    Level,
     Metric,
     Overlong,
     QuantizerKind,
+    SchedulerConfig,
     SchedulerKind,
     check_precisions,
-    grid,
     max_new_tokens,
 )
 from pmpd.models import resolve
-from pmpd.records import FP16_BITS, Schedule, class_schedules, schedule_family
+from pmpd.records import FP16_BITS, Schedule
 from pmpd.stages import RuntimeConfig, read_summary
 from pmpd.stages import inputs as inputs_
 from pmpd.stages.calibration import MOMENTS, SENSITIVITY, MomentsConfig, SensitivityConfig
 from pmpd.stages.evaluate import EVALUATE, EvaluateConfig
-from pmpd.stages.fit_static import FIT_STATIC, FitStaticConfig
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS, model_input
-from pmpd.stages.learned import (
-    DECIDE,
-    FEATURES,
-    TRAIN_LEARNED,
-    DecideConfig,
-    FeaturesConfig,
-    TrainLearnedConfig,
-)
 from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT, QuantizeConfig, QuantizeJointConfig
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
-from pmpd.stages.tuning import TUNE, TuneConfig
+from pmpd.stages.tuning import TUNE_TABLES, TuneTablesConfig
 
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
@@ -50,24 +44,6 @@ BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 
 TUNING_BATCH = 4
 """Calibration windows of a tuning step."""
-
-UNIFORM = (SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low)
-
-
-@dataclass(frozen=True)
-class Precisions:
-    """The pair (or more) of a cell, and where it came from."""
-
-    levels: tuple[int, ...]
-    source: str
-
-    @property
-    def high(self) -> int:
-        return self.levels[0]
-
-    @property
-    def low(self) -> int:
-        return self.levels[-1]
 
 
 @dataclass(frozen=True)
@@ -89,6 +65,7 @@ class Cell:
     linears: Node | None
     fit: Node | None
     training: Node | None
+    dense_sparse: Node | None
 
     @property
     def targets(self) -> list[Node]:
@@ -99,16 +76,6 @@ class Cell:
             n for n in nodes.values() if n.stage in (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)
         ]
         return [*first, *wanted]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a cell's schedules come about: one that is given, or inputs of the evaluation that say."""
-
-    schedule: Schedule | None = None
-    inputs: dict[str, Input] = dataclasses.field(default_factory=dict)
-    fit: Node | None = None
-    training: Node | None = None
 
 
 class MissingSearchError(ConfigError):
@@ -142,7 +109,7 @@ class Planner:
             self.encoder["encoder"] = encoder_input(self.encoder_name, self.digests)
         budget, quantizer, trust = config.budget, config.quantizer, config.model.trust_remote_code
         self.texts_data = text_input(config, self.digests)
-        calibration = TEXTS.node(
+        self.calibration = TEXTS.node(
             inputs_.TextsConfig("calibration", budget.calibration_windows, budget.calibration_window_tokens, trust),
             model=self.model,
             data=self.texts_data,
@@ -153,7 +120,7 @@ class Planner:
             data=self.texts_data,
         )
         self.runtime = RuntimeConfig(config.model.dtype.value, device_type(config), config.model.trust_remote_code)
-        self.nested = self._tuned(self._nested(calibration), calibration)
+        self.nested = self._tuned(self._nested())
         self.search = SEARCH.node(
             SearchConfig(
                 seed_bits=quantizer.seed_bits,
@@ -166,19 +133,25 @@ class Planner:
             texts=self.perplexity_texts,
         )
 
-    def _nested(self, calibration: Node) -> Node:
+    def sensitivity(self) -> Node:
+        """Mean squared gradients of the model's weights over the calibration text."""
+        config = SensitivityConfig(self.runtime.differentiable())
+        return SENSITIVITY.node(config, model=self.model, texts=self.calibration)
+
+    def _nested(self) -> Node:
         """The quantised model, and what its quantiser weights errors by."""
         quantizer, trust = self.config.quantizer, self.config.model.trust_remote_code
         differentiable = self.runtime.differentiable()
         common = (quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size)
         match quantizer.kind:
             case QuantizerKind.anyprec:
-                sensitivity = SENSITIVITY.node(SensitivityConfig(differentiable), model=self.model, texts=calibration)
                 return QUANTIZE.node(
-                    QuantizeConfig(*common, quantizer.solver.value, trust), model=self.model, sensitivity=sensitivity
+                    QuantizeConfig(*common, quantizer.solver.value, trust),
+                    model=self.model,
+                    sensitivity=self.sensitivity(),
                 )
             case QuantizerKind.joint:
-                moments = MOMENTS.node(MomentsConfig(differentiable), model=self.model, texts=calibration)
+                moments = MOMENTS.node(MomentsConfig(differentiable), model=self.model, texts=self.calibration)
                 return QUANTIZE_JOINT.node(
                     QuantizeJointConfig(
                         *common,
@@ -195,13 +168,13 @@ class Planner:
                     moments=moments,
                 )
 
-    def _tuned(self, nested: Node, calibration: Node) -> Node:
+    def _tuned(self, nested: Node) -> Node:
         """``nested`` with its low precisions' tables tuned, if that is asked for."""
         quantizer = self.config.quantizer
         if not quantizer.tuning_steps:
             return nested
-        return TUNE.node(
-            TuneConfig(
+        return TUNE_TABLES.node(
+            TuneTablesConfig(
                 bits=list(range(quantizer.seed_bits, min(quantizer.tuning_bits, quantizer.parent_bits) + 1)),
                 steps=quantizer.tuning_steps,
                 rate=quantizer.tuning_rate,
@@ -210,7 +183,7 @@ class Planner:
             ),
             model=self.model,
             nested=nested,
-            texts=calibration,
+            texts=self.calibration,
         )
 
     def precisions(self) -> Precisions:
@@ -242,25 +215,25 @@ class Planner:
         check_precisions(high, low, model.middle_bits)
         return Precisions((high, *model.middle_bits, low), source)
 
-    def cell(self, scheduler: SchedulerKind | None = None) -> Cell:
-        """The recipes of this cell, or of the same cell under another, uniform scheduler, which share rollouts."""
+    def cell(self, scheduler: SchedulerKind | SchedulerConfig | None = None) -> Cell:
+        """The recipes of this cell, or of the same cell under another scheduler, which share rollouts."""
         config, budget, task = self.config, self.config.budget, self.config.task
-        if scheduler is not None and scheduler is not config.scheduler.kind:
+        if isinstance(scheduler, SchedulerConfig):
+            config = dataclasses.replace(config, scheduler=scheduler)
+        elif scheduler is not None and scheduler is not config.scheduler.kind:
             config = replace_scheduler(config, scheduler)
         kind = config.scheduler.kind
         precisions = self.precisions()
-        candidates = self._candidates(precisions)
-        prompts = self._prompts(task.test_split, budget.test_samples)
-        rollouts = self._rollouts(prompts, candidates, precisions, self.max_new_tokens)
-        if kind is SchedulerKind.low:
-            rollouts["rollouts_low"] = self._rollout(prompts, [_uniform(kind, precisions)], self.max_new_tokens)
-        choice = self._choice(config, precisions, candidates, prompts, rollouts["rollouts"])
+        options = candidates(self.config, precisions)  # of this cell's own scheduler, whichever is asked for
+        prompts = self.prompts(task.test_split, budget.test_samples)
+        rollouts = self.rollouts(prompts, options, precisions, self.max_new_tokens)
+        choice = choose(Choosing(self, config, precisions, options, prompts, rollouts["rollouts"]))
         evaluation = EVALUATE.node(
             EvaluateConfig(
-                scheduler=kind.value,
+                scheduler=config.scheduler.policy or kind.value,
                 schedule=choice.schedule.name if choice.schedule else None,
                 high=Schedule.uniform(precisions.high).name,
-                curve=[s.name for s in candidates] if kind in (SchedulerKind.static, SchedulerKind.learned) else [],
+                curve=[s.name for s in options] if kind in SEARCHED else [],
                 metrics=[m.value for m in task.metrics],
                 max_new_tokens=self.max_new_tokens,
                 encoder=self.encoder_name,
@@ -273,11 +246,11 @@ class Planner:
             **choice.inputs,
             **self.encoder,
         )
-        gains = self._measures(evaluation, precisions)
+        gains = self._measures(evaluation, precisions, choice.dense_sparse)
         return Cell(
             config=config,
             precisions=precisions,
-            prefill_bits=_uniform(kind, precisions).prefill_bits if kind in UNIFORM else self._prefill_bits(precisions),
+            prefill_bits=prefill_bits(config, precisions),
             search=self.search,
             evaluation=evaluation,
             gain=gains.gain,
@@ -285,129 +258,36 @@ class Planner:
             linears=gains.linears,
             fit=choice.fit,
             training=choice.training,
+            dense_sparse=choice.dense_sparse,
         )
 
-    def _prefill_bits(self, precisions: Precisions) -> int:
-        given = self.config.scheduler.prefill_bits
-        return precisions.high if given is None else given
-
-    def _candidates(self, precisions: Precisions) -> list[Schedule]:
-        """The schedules that this cell's scheduler chooses among; the baselines' cells roll out the same."""
-        prefill = self._prefill_bits(precisions)
-        if self.config.scheduler.kind is SchedulerKind.learned:
-            return class_schedules(prefill, precisions.levels, self.max_new_tokens)
-        return schedule_family(prefill, precisions.levels, grid(self.config))
-
-    def _choice(
-        self, config: Config, precisions: Precisions, candidates: list[Schedule], prompts: Node, rollouts: Input
-    ) -> Choice:
-        kind, step = config.scheduler.kind, config.scheduler.switch_step
-        if kind in UNIFORM:
-            return Choice(_uniform(kind, precisions))
-        if kind is SchedulerKind.static and step is not None:
-            return Choice(Schedule(self._prefill_bits(precisions), precisions.levels, (step,)))
-        if kind is SchedulerKind.static:
-            fit = self._fit(precisions, candidates)
-            return Choice(inputs={"choice": fit}, fit=fit)
-        training, decisions = self._learned(precisions, prompts, rollouts)
-        return Choice(inputs={"decisions": decisions}, training=training)
-
-    def _fit(self, precisions: Precisions, candidates: list[Schedule]) -> Node:
-        config, task = self.config, self.config.task
-        assert task.validation_split is not None
-        validation = self._prompts(task.validation_split, config.budget.validation_samples)
-        return FIT_STATIC.node(
-            FitStaticConfig(
-                schedules=[s.name for s in candidates],
-                max_new_tokens=self.max_new_tokens,
-                high=Schedule.uniform(precisions.high).name,
-                metric=task.metrics[0].value,
-                tolerance=config.scheduler.tolerance,
-                encoder=self.encoder_name,
-                device=self.runtime.device,
-                resamples=config.budget.bootstrap_resamples,
-                seed=config.seed,
-            ),
-            prompts=validation,
-            **self.encoder,
-            **self._rollouts(validation, candidates, precisions, self.max_new_tokens),
-        )
-
-    def _measures(self, evaluation: Node, precisions: Precisions) -> Measures:
+    def _measures(self, evaluation: Node, precisions: Precisions, dense_sparse: Node | None) -> Measures:
         return measures(
             self.config,
             self.store,
-            Measured(self.model, self.nested, evaluation, precisions.levels, self.runtime),
+            Measured(self.model, self.nested, evaluation, precisions.levels, self.runtime, dense_sparse),
             reading=self.reading,
         )
 
-    def _learned(self, precisions: Precisions, prompts: Node, rollouts: Input) -> tuple[Node, Node]:
-        """Training, and its decisions on the task's prompts."""
-        config, budget = self.config, self.config.budget
-        scheduler, prefill = config.scheduler, self._prefill_bits(precisions)
-        seeds = SEEDS.node(
-            inputs_.SeedsConfig(
-                budget.seed_prompts,
-                budget.seed_max_prompt_tokens,
-                budget.seed_new_tokens,
-                config.seed,
-                config.model.trust_remote_code,
-            ),
-            model=self.model,
-            data=self.texts_data,
-        )
-        features = FEATURES.node(
-            FeaturesConfig(prefill, budget.batch_size, self.runtime),
-            model=self.model,
-            nested=self.nested,
-            prompts=seeds,
-        )
-        classes = class_schedules(prefill, precisions.levels, budget.seed_new_tokens)
-        training = TRAIN_LEARNED.node(
-            TrainLearnedConfig(
-                prefill_bits=prefill,
-                levels=list(precisions.levels),
-                max_new_tokens=budget.seed_new_tokens,
-                epochs=scheduler.epochs,
-                learning_rate=scheduler.learning_rate,
-                weight_decay=scheduler.weight_decay,
-                dropout=scheduler.dropout,
-                train_batch=scheduler.train_batch,
-                holdout=scheduler.holdout,
-                seed=config.seed,
-            ),
-            prompts=seeds,
-            features=features,
-            **self._rollouts(seeds, classes, precisions, budget.seed_new_tokens),
-        )
-        decisions = DECIDE.node(
-            DecideConfig(
-                prefill_bits=prefill,
-                levels=list(precisions.levels),
-                max_new_tokens=self.max_new_tokens,
-                template=config.model.prompt,
-                batch_size=budget.batch_size,
-                runtime=self.runtime,
-            ),
-            model=self.model,
-            nested=self.nested,
-            prompts=prompts,
-            scheduler=training,
-            rollouts=rollouts,
-        )
-        return training, decisions
+    def rollouts(
+        self, prompts: Node, options: Sequence[Schedule], precisions: Precisions, tokens: int
+    ) -> dict[str, Input]:
+        """fp16, the candidates and uniform high, an artifact for what shares a prefill.
 
-    def _rollouts(self, prompts: Node, pmpd: list[Schedule], precisions: Precisions, tokens: int) -> dict[str, Input]:
-        """fp16 and the candidates (with uniform high, which most often is one of them), an artifact each."""
-        canonical = dict.fromkeys(s.canonical(tokens) for s in pmpd)
-        candidates = list(canonical | {Schedule.uniform(precisions.high): None})
-        fp16 = [Schedule.uniform(FP16_BITS)]
+        Uniform high is most often one of the candidates; after another prefill it shares nothing with them, and is an
+        artifact that every such prefill shares.
+        """
+        canonical = dict.fromkeys(s.canonical(tokens) for s in options)
+        high = Schedule.uniform(precisions.high)
+        apart = all(s.prefill_bits != high.prefill_bits for s in canonical)
         return {
-            "rollouts": self._rollout(prompts, candidates, tokens),
-            "rollouts_fp16": self._rollout(prompts, fp16, tokens),
+            "rollouts": self.rollout(prompts, list(canonical if apart else canonical | {high: None}), tokens),
+            **({"rollouts_high": self.rollout(prompts, [high], tokens)} if apart else {}),
+            "rollouts_fp16": self.rollout(prompts, [Schedule.uniform(FP16_BITS)], tokens),
         }
 
-    def _rollout(self, prompts: Node, schedules: list[Schedule], tokens: int) -> Node:
+    def rollout(self, prompts: Node, schedules: Sequence[Schedule], tokens: int, nested: Node | None = None) -> Node:
+        """Completions of ``prompts`` under ``schedules``, up to ``tokens`` tokens, of another nested model if given."""
         quantised = any(s.prefill_bits != FP16_BITS or s.levels != (FP16_BITS,) for s in schedules)
         return ROLLOUTS.node(
             RolloutsConfig(
@@ -419,10 +299,11 @@ class Planner:
             ),
             model=self.model,
             prompts=prompts,
-            **({"nested": self.nested} if quantised else {}),
+            **({"nested": nested or self.nested} if quantised else {}),
         )
 
-    def _prompts(self, split: str, limit: int | None) -> Node:
+    def prompts(self, split: str, limit: int | None) -> Node:
+        """The first ``limit`` samples of a split of the task, as prompts of the model."""
         config, task = self.config, self.config.task
         return PROMPTS.node(
             inputs_.PromptsConfig(
@@ -441,14 +322,20 @@ class Planner:
         )
 
 
-def _uniform(kind: SchedulerKind, precisions: Precisions) -> Schedule:
-    bits = {SchedulerKind.fp16: FP16_BITS, SchedulerKind.high: precisions.high, SchedulerKind.low: precisions.low}
-    return Schedule.uniform(bits[kind])
-
-
 def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
     """The same cell under a uniform scheduler."""
     scheduler = dataclasses.replace(
-        config.scheduler, name=kind.value, kind=kind, prefill_bits=None, grid=None, switch_step=None
+        config.scheduler,
+        name=kind.value,
+        kind=kind,
+        prefill=Level.high,
+        prefill_bits=None,
+        grid=None,
+        switch_step=None,
+        switch_steps=None,
+        pattern=[],
+        target=None,
+        policy=None,
+        options={},
     )
     return dataclasses.replace(config, scheduler=scheduler)

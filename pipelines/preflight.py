@@ -13,7 +13,7 @@ import torch
 from pipelines.plan import Cell, MissingSearchError, Planner
 from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import Node, Store
-from pmpd.config import Config, ConfigError, GpuConfig, Metric, SchedulerKind, Solver
+from pmpd.config import Config, ConfigError, GpuConfig, Metric, SchedulerKind, Solver, given_steps
 from pmpd.models import resolve
 from pmpd.stages import STAGES
 from pmpd.stages.inputs import model_input
@@ -37,7 +37,7 @@ def check_sources(config: Config, store: Store) -> None:
     """
     digests = store.root / "digests.json"
     splits = [config.task.test_split]
-    if config.scheduler.kind is SchedulerKind.static and config.scheduler.switch_step is None:
+    if config.scheduler.kind is SchedulerKind.static and given_steps(config) is None:
         assert config.task.validation_split is not None
         splits.append(config.task.validation_split)
     checks: list[Callable[[], object]] = [
@@ -98,7 +98,8 @@ def check_disk(planner: Planner) -> None:
     parameters = sum(f.stat().st_size / BYTES_PER_WEIGHT[f.suffix] for f in weights)
     nested = 1.25 * planner.config.quantizer.parent_bits / 8
     # Second moments are in x in float32 a layer: about 5 bytes a weight where layers are near square.
-    bytes_each = {"weights": 2.0, "sensitivity": 2.0, "moments": 5.0, "quantize": nested, "quantize_joint": nested}
+    bytes_each = {"weights": 2.0, "sensitivity": 2.0, "moments": 5.0}
+    bytes_each |= dict.fromkeys(("quantize", "quantize_joint", "tune_tables"), nested)
     needed_gib = parameters * sum(v for stage, v in bytes_each.items() if stage in todo) / 2**30 + 0.1
     free_gib = shutil.disk_usage(store.root).free / 2**30
     if needed_gib > free_gib:

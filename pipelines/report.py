@@ -22,8 +22,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines.gpu import gpu_cell, write_gpu_report
@@ -35,10 +33,14 @@ from pmpd.config import Config, ReportKind, from_omegaconf, max_new_tokens
 from pmpd.records import Schedule
 from pmpd.report import (
     CellRecord,
+    category_table,
+    draw_cells,
     draw_perplexity,
     draw_quality,
     draw_switch_steps,
+    failures_line,
     linears_table,
+    markdown_table,
     summary_table,
     tidy,
 )
@@ -51,6 +53,8 @@ log = logging.getLogger("pmpd.report")
 LINEARS_CAPTION = "random weights, by the profiler's self CUDA time as in the paper"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPER = Path("outputs/paper")
+MANY = 5
+"""More cells than this get a figure with a row each: points among each other say less."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,30 @@ def grid_of(overrides: Sequence[str]) -> list[list[str]]:
     return [[*plain, *choice] for choice in itertools.product(*axes)]
 
 
-def collect(cells: Sequence[Sequence[str]], configs: Sequence[Config]) -> tuple[list[CellRecord], list[Missing]]:
+@dataclass(frozen=True)
+class Collected:
+    """What a grid's cells have to say: those that are there with what they hold, and those that are missing."""
+
+    found: list[tuple[Cell, CellRecord]]
+    missing: list[Missing]
+
+
+def collect(cells: Sequence[Sequence[str]], configs: Sequence[Config]) -> Collected:
     """Compute the keys of every cell and read what is there."""
-    records: list[CellRecord] = []
+    stores: dict[str, Store] = {}  # one each: an artifact that cells share is checked once
+    found: list[tuple[Cell, CellRecord]] = []
     missing: list[Missing] = []
     for overrides, config in zip(cells, configs, strict=True):
-        store = Store(Path(config.store))
+        store = stores.setdefault(config.store, Store(Path(config.store)))
+        cell = None
         try:
-            records += cell_records([Planner(config, store, reading=True).cell()], store)
+            cell = Planner(config, store, reading=True).cell()
+            found += [(cell, record) for record in cell_records([cell], store)]
         except (ValueError, FileNotFoundError, StoreError) as error:
-            missing.append(Missing(_command(overrides), str(error)))
-    return records, missing
+            failures = [store.failure(n) for n in cell.targets] if cell is not None else []
+            reason = next((f for f in failures if f), str(error))
+            missing.append(Missing(_command(overrides), reason))
+    return Collected(found, missing)
 
 
 def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
@@ -126,8 +143,10 @@ def model_name(config: Config) -> str:
     return Path(config.model.path).name if config.model.name == "hf" else config.model.name
 
 
-def write_report(records: Sequence[CellRecord], out: Path) -> str:
+def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Missing] = ()) -> str:
     """Write ``results.csv``, ``table.md`` and the figures below ``out``; show the tables.
+
+    Cells that are missing are a last table, with what the attempt to build them ended in.
 
     Returns:
         the tables as Markdown.
@@ -154,12 +173,17 @@ def write_report(records: Sequence[CellRecord], out: Path) -> str:
     texts, figures = [], []
     for (model, task), group in groups.items():
         text = f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}"
+        if categories := category_table(group):
+            text += f"\n\n{categories}"
         if group[0].linears:
             text += f"\n\nLinear layers, one input, {LINEARS_CAPTION}:\n\n{linears_table(group[0].linears)}"
         texts.append(text)
         stem = f"{model}_{task}"
         draw_quality(group, out / f"quality_{stem}.png")
         figures.append(out / f"quality_{stem}.png")
+        if len(group) > MANY:
+            draw_cells(group, out / f"cells_{stem}.png")
+            figures.append(out / f"cells_{stem}.png")
         curves = [r for r in group if r.switch_curve and len(r.levels) == 2]
         if curves:
             best = next((r for r in curves if r.fit_curve), curves[0])
@@ -169,43 +193,49 @@ def write_report(records: Sequence[CellRecord], out: Path) -> str:
         record = next(r for r in records if r.model == model)
         draw_perplexity(record.perplexity_curve, record.tolerance, model, out / f"perplexity_{model}.png")
         figures.append(out / f"perplexity_{model}.png")
+    if missing:
+        rows = [[cell.command, " ".join(cell.reason.split()).replace("|", "/")] for cell in missing]
+        texts.append(f"## Missing\n\n{markdown_table(['filled by', 'why it is missing'], rows)}")
     text = "\n\n".join(texts) + "\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     log.info("\n%s\nwritten to %s: results.csv, table.md, %s (and .pdf)", text, out, ", ".join(f.name for f in figures))
     return text
 
 
-class SweepReport(Callback):
-    """Ends a sweep in one table and figure over all of its cells."""
+def compose_grid(overrides: Sequence[str]) -> tuple[list[list[str]], list[Config]]:
+    """The overrides and the configuration of every cell of a grid.
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook: the sweep's own overrides are the grid."""
-        if report([str(o) for o in config.hydra.overrides.task], PAPER / str(config.run_name)):
-            sys.exit(1)
-
-
-def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
-    """Write the report of the grid behind ``overrides``; missing cells are named and returned.
-
-    ``report`` in the configuration says what kind: of cells from the store, or of the grid's machines alone. ``out``
-    is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
+    Raises:
+        ValueError, HydraException, OmegaConfBaseException: a cell that does not compose.
     """
     GlobalHydra.instance().clear()
     register()
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="report"):
         cells = grid_of(overrides)
-        configs = [from_omegaconf(compose("config", overrides=cell)) for cell in cells]
-    out = out or PAPER / configs[0].run_name
+        return cells, [from_omegaconf(compose("config", overrides=cell)) for cell in cells]
+
+
+def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
+    """Write the report of the grid behind ``overrides``; missing cells are named and returned.
+
+    ``out`` is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
+    """
+    cells, configs = compose_grid(overrides)
+    return report_cells(cells, configs, out or PAPER / configs[0].run_name).missing
+
+
+def report_cells(cells: Sequence[Sequence[str]], configs: Sequence[Config], out: Path) -> Collected:
+    """Write a grid's report: of cells from the store, or of the grid's machines alone, as ``report`` says."""
     if configs[0].report is ReportKind.npu:
         write_npu_report([npu_of(config.hardware) for config in configs], out)
-        return []
+        return Collected([], [])
     if configs[0].report is ReportKind.gpu:
-        return _report_gpu(cells, configs, out)
-    records, missing = collect(cells, configs)
-    if records:
-        write_report(records, out)
-    _say_missing(missing)
-    return missing
+        return Collected([], _report_gpu(cells, configs, out))
+    done = collect(cells, configs)
+    if done.found:
+        write_report([record for _, record in done.found], out, done.missing)
+    _say_missing(done.missing)
+    return done
 
 
 def _say_missing(missing: Sequence[Missing]) -> None:
@@ -314,6 +344,16 @@ def _note(cell: Cell, store: Store) -> str:
             f"samples with tolerance {cell.config.scheduler.tolerance:g} ({found}the smallest drop from high that they "
             f"would have shown: {metrics['detectable_drop']:.1f})"
         )
+    if cell.dense_sparse is not None:
+        metrics = read_summary(_verified(store, cell.dense_sparse))["metrics"]
+        assert cell.config.scheduler.target is not None
+        dense, share = metrics["dense_bits"], metrics["outlier_share"]
+        return (
+            f"prefill and decoding at {dense} bits and {share:.2%} outliers: {dense + metrics['outlier_bits']:.2f} "
+            f"bits with indices, {dense + metrics['nominal_outlier_bits']:.2f} by the paper's accounting; matched to "
+            f"{metrics['target_bits']:.2f}, {cell.config.scheduler.target.name}'s average; uniform precisions and "
+            "schedules count codes alone"
+        )
     if cell.training is not None:
         metrics = read_summary(_verified(store, cell.training))["metrics"]
         return (
@@ -333,6 +373,9 @@ def _caption(group: Sequence[CellRecord]) -> str:
         "own fp16 output. Intervals: 95 % bootstrap over samples; differences are paired.",
     ]
     lines += [f"{r.scheduler}: {r.note}." for r in group if r.note]
+    if bertscore := group[0].find("bertscore"):
+        lines.append(f"BERTScore: {bertscore['unit']}.")
+    lines.append(failures_line(group))
     if gain:
         lines.append(f"Gain: {gain['unit']}.")
     for unit in dict.fromkeys(r["unit"] for r in timings):

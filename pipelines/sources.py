@@ -5,6 +5,7 @@ Finds and keys them; reads no text and loads no weight.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def _data_input(
     if file is None:
         return DATA.node(DataConfig(hub_path, hub_config, hub_commit(hub_path, revision), split, max_rows))
     found: Path = file
-    return Root(str(found), digest_files([found], digests), lambda: found)
+    return Root(str(found), digest_files([found], digests), partial(Path, found))
 
 
 def encoder_input(encoder: str, digests: Path) -> Root:
@@ -82,7 +83,7 @@ def encoder_input(encoder: str, digests: Path) -> Root:
     local = encoder_folder(encoder)
     if local is not None:
         files = [p for p in local.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")]
-        return Root(encoder, digest_files(files, digests), lambda: local)
+        return Root(encoder, digest_files(files, digests), partial(Path, local))
     try:
         source = resolve(encoder)
     except ModelError as error:

@@ -8,40 +8,50 @@ Layout of a store::
 
     store.json                      its format
     <stage>/<key>/artifact.json     recipe, lineage and digests, beside the stage's files
-    <stage>/<key>.work/             parts of a stage that is running or was killed
-    <stage>/<key>.lock              held by the process that builds it
+    <stage>/<key>.<n>.work/         parts of a stage that is running or was killed
+    <stage>/<key>.<n>.lock          the n-th turn at building it (``pmpd.locks``)
+    <stage>/<key>.<n>.damaged/      set aside, being removed
+    <stage>/<key>.error.json        what the last attempt failed with
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from pmpd import __version__
+from pmpd.files import (
+    atomic,
+    digest_file,
+    digest_files,
+    disk_is_full,
+    fsync,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_tensors,
+)
+from pmpd.locks import Patience, hold
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 KEY_LENGTH = 16
 MANIFEST = "artifact.json"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoreError(RuntimeError):
@@ -66,7 +76,7 @@ class Root:
     Attributes:
         name: for people, e.g. a file's or a hub model's name.
         key: digest of the content, or a hub commit.
-        locate: gives its path; may download.
+        locate: gives its path; may download. It is sent to other processes, so it is no lambda.
     """
 
     name: str
@@ -114,38 +124,51 @@ class Store:
         StoreError: the directory holds a store of another format, or something else.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, patience: Patience | None = None) -> None:
+        """
+        Args:
+            patience: how long a silent holder of a lock is waited for; the default suits every real use.
+        """
         self.root = root
+        self.patience = patience
         self._verified: set[str] = set()
-        marker, lock = root / "store.json", root / "store.lock"
+        marker = root / "store.json"
         strangers = root.exists() and any(p.suffix not in (".lock", ".tmp") for p in root.iterdir())
         if strangers and not marker.exists():
             raise StoreError(f"{root} is not empty and is no store (it has no store.json); give another store=DIR")
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(lock)):  # two first runs may start together
-            if not marker.exists():
-                write_json(marker, {"format": FORMAT})
-            try:
-                found = dict(read_json(marker)).get("format")
-            except ValueError as error:
-                raise StoreError(f"{marker} is damaged ({error}); give another store=DIR") from error
-            if found != FORMAT:
-                raise StoreError(
-                    f"the store {root} has format {found}, this version ({__version__}) writes format {FORMAT}; "
-                    "use another folder (store=DIR), or the version that wrote it"
-                )
+        if not marker.exists():
+            write_json(marker, {"format": FORMAT})  # two first runs may start together: whole, and the same from both
+        try:
+            found = dict(read_json(marker)).get("format")
+        except ValueError as error:
+            raise StoreError(f"{marker} is damaged ({error}); give another store=DIR") from error
+        if found != FORMAT:
+            raise StoreError(
+                f"the store {root} has format {found}, this version ({__version__}) writes format {FORMAT}; "
+                "use another folder (store=DIR), or the version that wrote it"
+            )
 
     def path(self, node: Node) -> Path:
         return self.root / node.stage / node.key
 
-    def work(self, node: Node) -> Path:
-        return self.root / node.stage / f"{node.key}.work"
+    def parts(self, node: Node) -> Path | None:
+        """What a stage that is running or was killed has written so far."""
+        found = self.root.glob(f"{node.stage}/{node.key}.*.work")
+        return max(found, key=lambda p: int(p.suffixes[-2][1:]), default=None)
 
     def status(self, node: Node) -> str:
         """``cached``, ``resumes`` (a killed stage left parts) or ``to do``; reads no artifact."""
         if (self.path(node) / MANIFEST).exists():
             return "cached"
-        return "resumes" if self.work(node).exists() else "to do"
+        return "resumes" if self.parts(node) is not None else "to do"
+
+    def failure(self, node: Node) -> str | None:
+        """What the last attempt to build ``node`` failed with, if it is not there."""
+        try:
+            return str(read_json(self._error(node))["error"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
     def configs(self, stage: str) -> Iterator[dict[str, Any]]:
         """The configuration of every finished artifact of ``stage``, in the order of their keys."""
@@ -181,30 +204,21 @@ class Store:
         """The path of ``item``, built first where it or an ancestor is missing or damaged.
 
         Raises:
-            StoreError: the disk is full; parts are kept, and the next run resumes.
+            StoreError: the disk is full, or another process took this one for dead; parts are kept for the next run.
         """
         if isinstance(item, Root):
             return item.locate()
-        path = self.path(item)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock(item):
+        while True:
             try:
                 return self.verify(item)
             except FileNotFoundError:
-                pass
+                damaged = None
             except DamagedArtifactError as error:
                 log.warning("damaged artifact, built again: %s", error)
-            if path.exists():  # damaged, or a removal like this one that was killed halfway
-                shutil.rmtree(path)
-            inputs = {name: self.materialize(parent, execute) for name, parent in item.inputs.items()}
-            work = self.work(item)
+                damaged = self._stamp(item)
             try:
-                work.mkdir(exist_ok=True)
-                for leftover in [*work.rglob("*.tmp"), *work.rglob(".tmp*")]:  # ours, and safetensors' own
-                    leftover.unlink()
-                started = time.monotonic()
-                execute(item, inputs, work)
-                self._publish(item, work, time.monotonic() - started)
+                self.path(item).parent.mkdir(parents=True, exist_ok=True)
+                self._take_turn(item, execute, damaged)
             except (OSError, SafetensorError) as error:
                 if not disk_is_full(error):
                     raise
@@ -212,22 +226,77 @@ class Store:
                     f"the disk of {self.root} is full while {item.stage} ({item.key}) was being written; "
                     "free some space and run the same command again: what was finished is kept"
                 ) from error
-        return path
 
-    @contextmanager
-    def _lock(self, node: Node) -> Iterator[None]:
-        lock = FileLock(str(self.root / node.stage / f"{node.key}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("%s %s is being built by another process; waiting for it", node.stage, node.key)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+    def _take_turn(self, node: Node, execute: Execute, damaged: tuple[int, int] | None) -> None:
+        """Build ``node`` unless another process does it first; ``damaged`` is the stamp of what must be replaced."""
 
-    def _publish(self, node: Node, work: Path, seconds: float) -> None:
+        def settled() -> bool:
+            return self._stamp(node) not in (None, damaged)
+
+        path = self.path(node)
+        with hold(path.parent, node.key, settled, self.patience) as turn:
+            if turn is None or settled():
+                return
+            if path.exists():  # damaged, or without a manifest
+                aside = path.with_name(f"{node.key}.{turn}.damaged")
+                path.rename(aside)  # at once out of everybody's sight: a removal takes time, and may be killed
+                shutil.rmtree(aside)
+            self._error(node).unlink(missing_ok=True)
+            try:
+                inputs = {name: self.materialize(parent, execute) for name, parent in node.inputs.items()}
+                work = self._claim(node, turn)
+            except Exception as error:
+                self.note_failure(node, f"{type(error).__name__}: {error}")
+                raise
+            claimed, started = work.stat().st_ino, time.monotonic()
+            try:
+                execute(node, inputs, work)
+                self._publish(node, work, claimed, time.monotonic() - started)
+            except Exception as error:
+                if not _is(work, claimed):
+                    raise StoreError(
+                        f"{work} was taken over by another process, which took this one for dead (its host was "
+                        "suspended, or could not reach the store); the same command finds what that one makes of it"
+                    ) from error
+                self.note_failure(node, f"{type(error).__name__}: {error}")
+                raise
+
+    def _claim(self, node: Node, turn: int) -> Path:
+        """This turn's directory, with what earlier turns left; a turn that was given up can write there no more."""
+        work = self.root / node.stage / f"{node.key}.{turn}.work"
+        found = self.parts(node)
+        if found is not None:
+            found.rename(work)
+        else:
+            work.mkdir()
+        for leftover in [*work.rglob("*.tmp"), *work.rglob(".tmp*")]:  # ours, and safetensors' own
+            leftover.unlink(missing_ok=True)
+        return work
+
+    def _stamp(self, node: Node) -> tuple[int, int] | None:
+        """Tells one artifact from another that took its place; None where there is none."""
+        try:
+            found = (self.path(node) / MANIFEST).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def _error(self, node: Node) -> Path:
+        return self.root / node.stage / f"{node.key}.error.json"
+
+    def note_failure(self, node: Node, words: str) -> None:
+        """Say beside an artifact that is not there why it is not, for reports; the next attempt forgets it."""
+        try:
+            write_json(self._error(node), {"error": words, "host": socket.gethostname(), "pid": os.getpid()})
+        except OSError as error:  # most often the full disk that it would have told of
+            log.warning("the failure of %s %s could not be noted (%s): %s", node.stage, node.key, error, words)
+
+    def _publish(self, node: Node, work: Path, claimed: int, seconds: float) -> None:
+        """Make the turn's directory, whose inode was ``claimed``, the artifact.
+
+        Raises:
+            FileNotFoundError: it was taken over.
+        """
         names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file() and p.name != MANIFEST)
         manifest = {
             "stage": node.stage,
@@ -235,6 +304,7 @@ class Store:
             "key": node.key,
             "config": dict(node.config),
             "inputs": {name: parent.key for name, parent in node.inputs.items()},
+            "sources": {name: parent.name for name, parent in node.inputs.items() if isinstance(parent, Root)},
             "files": {
                 name: {"sha256": digest_file(work / name), "bytes": (work / name).stat().st_size} for name in names
             },
@@ -244,101 +314,41 @@ class Store:
         }
         write_json(work / MANIFEST, manifest)
         for name in names:
-            _fsync(work / name)
+            fsync(work / name)
         for folder in {work, *((work / n).parent for n in names)}:
-            _fsync(folder)
+            fsync(folder)
+        if not _is(work, claimed):
+            raise FileNotFoundError(work)
         work.rename(self.path(node))
-        _fsync(self.path(node).parent)
+        fsync(self.path(node).parent)
         self._verified.add(node.key)
 
 
-def digest_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def digest_files(paths: Iterable[Path], cache_file: Path | None) -> str:
-    """sha256 over names and contents of ``paths``; each file's digest is cached by path, size and mtime."""
-    cache: dict[str, Any] = {}
-    if cache_file is not None and cache_file.exists():
-        try:
-            cache = read_json(cache_file)
-        except ValueError:
-            log.warning("%s is damaged and is written anew", cache_file)
-    total, changed = hashlib.sha256(), False
-    for path in sorted(paths, key=lambda p: p.name):
-        stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
-        entry = cache.get(str(path.resolve()))
-        if entry is None or entry["stamp"] != stamp:
-            entry = cache[str(path.resolve())] = {"stamp": stamp, "sha256": digest_file(path)}
-            changed = True
-        total.update(f"{path.name} {entry['sha256']}\n".encode())
-    if changed and cache_file is not None:
-        write_json(cache_file, cache)
-    return total.hexdigest()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _is(folder: Path, inode: int) -> bool:
+    """Whether ``folder`` is still the one of that inode: a late write may have made a new one of the old name."""
     try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return folder.stat().st_ino == inode
+    except FileNotFoundError:
+        return False
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
-    with atomic(path) as temporary:
-        save_file(dict(tensors), temporary, dict(metadata) if metadata else None)
-        temporary.chmod(0o666 & ~_umask())  # the library's own temporary file is readable by its owner only
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether ``error`` says that a disk, or a quota, is full; safetensors says it in an error of its own."""
-    if isinstance(error, SafetensorError):
-        return any(f"os error {code}" in str(error) for code in DISK_FULL)
-    return isinstance(error, OSError) and error.errno in DISK_FULL
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line, atomically."""
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream if line.strip()]
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+__all__ = [
+    "MANIFEST",
+    "DamagedArtifactError",
+    "Execute",
+    "Input",
+    "Node",
+    "Root",
+    "Store",
+    "StoreError",
+    "atomic",
+    "digest_file",
+    "digest_files",
+    "disk_is_full",
+    "read_json",
+    "read_jsonl",
+    "recipe_key",
+    "write_json",
+    "write_jsonl",
+    "write_tensors",
+]

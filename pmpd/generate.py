@@ -197,5 +197,5 @@ def trained(folder: Path, max_new_tokens: int, device: torch.device | str = "cpu
         raise ValueError(f"{folder} is an artifact of {manifest['stage']}: give one of {TRAIN_LEARNED.name}")
     config = manifest["config"]
     network = load_network(folder / NETWORK_FILE).to(device)
-    classes = class_schedules(config["prefill_bits"], config["levels"], max_new_tokens)
+    classes = class_schedules(config["prefill_bits"], config["levels"], max_new_tokens, config["grid_parts"])
     return Learned(network, config["prefill_bits"], classes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,11 +25,12 @@ FP16_BITS = 16
 class Schedule:
     """Bits of prefill and of every decode step of one sequence.
 
-    ``levels`` are the decode precisions, strictly falling; ``switch_steps[k]`` is the last decode
-    step run at ``levels[k]`` or higher, so steps ``1..switch_steps[0]`` run at ``levels[0]``.
+    ``levels`` are the decode precisions in turn; ``switch_steps[k]`` is the last decode step of ``levels[k]``, so
+    steps ``1..switch_steps[0]`` run at ``levels[0]``. What a scheduler makes falls; a schedule that rises is for asking
+    which part of decoding needs precision.
 
     Raises:
-        ValueError: levels that do not fall, steps that fall, or a wrong number of steps.
+        ValueError: a level equal to the one before it, steps that fall, or a wrong number of steps.
     """
 
     prefill_bits: int
@@ -37,8 +38,8 @@ class Schedule:
     switch_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.levels or any(a <= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
-            raise ValueError(f"levels must be non-empty and strictly falling, got {self.levels}")
+        if not self.levels or any(a == b for a, b in pairwise(self.levels)):
+            raise ValueError(f"levels must be non-empty, each different from the one before, got {self.levels}")
         if len(self.switch_steps) != len(self.levels) - 1:
             raise ValueError(
                 f"{len(self.levels)} levels need {len(self.levels) - 1} switch_steps, got {self.switch_steps}"
@@ -66,11 +67,16 @@ class Schedule:
         last_step = max(max_new_tokens - 1, 1)
         bounds = [0, *(min(s, last_step) for s in self.switch_steps), last_step]
         used = [k for k in range(len(self.levels)) if bounds[k] < bounds[k + 1]]
+        # Where a level is left out, its neighbours may be equal: the later one's end is then the end of both.
+        ends = [k for k, after in zip(used, [*used[1:], None], strict=True) if after is None or self._differ(k, after)]
         return Schedule(
             self.prefill_bits,
-            tuple(self.levels[k] for k in used),
-            tuple(bounds[k + 1] for k in used[:-1]),
+            tuple(self.levels[k] for k in ends),
+            tuple(bounds[k + 1] for k in ends[:-1]),
         )
+
+    def _differ(self, one: int, other: int) -> bool:
+        return self.levels[one] != self.levels[other]
 
     @property
     def name(self) -> str:
@@ -92,7 +98,7 @@ def average_bits(bits: Sequence[int]) -> float:
 
 
 def switch_grid(max_new_tokens: int, parts: int = 3) -> tuple[int, ...]:
-    """The paper's candidate switch steps 0, M/3, 2M/3, M (floor), M = ``max_new_tokens``."""
+    """Candidate switch steps, multiples of M / ``parts`` (floor), M = ``max_new_tokens``; the paper: thirds."""
     return tuple(max_new_tokens * k // parts for k in range(parts + 1))
 
 
@@ -111,6 +117,16 @@ def schedule_family(prefill_bits: int, levels: Sequence[int], grid: Sequence[int
 
     tuples = combinations_with_replacement(steps, len(levels) - 1)
     return [Schedule(prefill_bits, tuple(levels), t) for t in sorted(tuples, key=lambda t: (cost(t), t))]
+
+
+def pattern_schedule(prefill_bits: int, pattern: Sequence[int], max_new_tokens: int) -> Schedule:
+    """M in as many equal parts as ``pattern`` has entries, each at its own bits, which may rise.
+
+    Parts end where the classes of as many parts switch, so ``[high, low, low]`` is the class of M/3.
+    """
+    bounds = [max_new_tokens * k // len(pattern) for k in range(1, len(pattern) + 1)]
+    runs = [k for k in range(len(pattern)) if k + 1 == len(pattern) or pattern[k] != pattern[k + 1]]
+    return Schedule(prefill_bits, tuple(pattern[k] for k in runs), tuple(bounds[k] for k in runs[:-1]))
 
 
 def class_schedules(prefill_bits: int, levels: Sequence[int], max_new_tokens: int, parts: int = 3) -> list[Schedule]:
@@ -223,12 +239,15 @@ class Prefill:
         values: same shape.
         logits: ``[vocab]`` at the last prompt position.
         max_new_tokens: M, what fractions of a class refer to.
+        activations: float32 ``[layers, 2, hidden]``, mean and variance over the prompt's positions of every block's
+            output; None unless a scheduler asked for them.
     """
 
     keys: Tensor
     values: Tensor
     logits: Tensor
     max_new_tokens: int
+    activations: Tensor | None = None
 
 
 @dataclass(frozen=True)

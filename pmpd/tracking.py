@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pmpd import __version__
+from pmpd.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +43,11 @@ class Tracker(Protocol):
     def table(self, stage: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows as they are; columns in order of appearance."""
 
-    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str, cached: bool) -> None:
-        """Which artifact a stage used or made: its key, its inputs' keys, where it lies, whether it was there."""
+    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str) -> None:
+        """Which artifact the run is of or reads: its key, its inputs' keys, where it lies."""
+
+    def figure(self, name: str, path: Path) -> None:
+        """A picture."""
 
     def finish(self) -> None:
         """Ends the run; nothing may be sent after it."""
@@ -59,11 +65,27 @@ class NullTracker:
     def table(self, stage: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         pass
 
-    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str, cached: bool) -> None:
+    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str) -> None:
+        pass
+
+    def figure(self, name: str, path: Path) -> None:
         pass
 
     def finish(self) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run the same run when it is told again, by whatever process.
+
+    Attributes:
+        run_id: W&B's, such as ``quantize-<key>``.
+        content: a digest, or a key, of what it says: a run that was sent with the same content is not sent again.
+    """
+
+    run_id: str
+    content: str
 
 
 class WandbTracker:
@@ -82,7 +104,13 @@ class WandbTracker:
         group: str | None,
         name: str | None,
         tags: Sequence[str],
+        job_type: str | None = None,
+        identity: Identity | None = None,
     ) -> None:
+        self._identity = identity
+        self._ledger = None if identity is None else _ledger(dir, project, identity)
+        if identity is not None:
+            _remove_unsent(Path(dir), identity)
         # W&B would quietly move to a temporary folder if it could not write here.
         folder = Path(dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,15 +132,25 @@ class WandbTracker:
             group=group,
             name=name,
             tags=list(tags),
+            job_type=job_type,
+            id=None if identity is None else identity.run_id,
+            # Offline, W&B ignores it with a warning; two offline runs of one id become one when they are synced.
+            resume="allow" if identity is not None and mode == "online" else None,
             settings=_settings(wandb),
         )
+        self._step = 0
         self._lineage: dict[str, dict[str, Any]] = {}
         if mode == "online" and self._run.offline:
             log.warning("W&B has no login, so this run is offline: %s", self._run.dir)
         log.info("W&B %s run in %s; `wandb sync` uploads what is not there yet", mode, Path(self._run.dir).parent)
 
+    def _log(self, values: Mapping[str, Any]) -> None:
+        # Numbered by us: a run that is told again repeats its steps, and W&B keeps the first telling of a step.
+        self._run.log(dict(values), step=self._step)
+        self._step += 1
+
     def metrics(self, stage: str, values: Mapping[str, Value]) -> None:
-        self._run.log({f"{stage}/{name}": value for name, value in values.items()})
+        self._log({f"{stage}/{name}": value for name, value in values.items()})
 
     def curve(self, stage: str, name: str, rows: Sequence[Mapping[str, Value]]) -> None:
         if not rows:
@@ -123,7 +161,7 @@ class WandbTracker:
         for column in list(rows[0])[1:]:
             self._run.define_metric(f"{prefix}/{column}", step_metric=x)
         for row in rows:
-            self._run.log({f"{prefix}/{column}": value for column, value in row.items()})
+            self._log({f"{prefix}/{column}": value for column, value in row.items()})
 
     def table(self, stage: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         if not rows:
@@ -131,15 +169,21 @@ class WandbTracker:
         columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
         data = [[row.get(str(column)) for column in columns] for row in rows]
         table = self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
-        self._run.log({f"{stage}/{name}": table})
+        self._log({f"{stage}/{name}": table})
 
-    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str, cached: bool) -> None:
+    def figure(self, name: str, path: Path) -> None:
+        self._log({name: self._wandb.Image(str(path))})
+
+    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str) -> None:
         # In the config, because an offline run cannot use W&B's artifacts; "/" keeps one stage's artifacts apart.
-        self._lineage[f"{stage}/{key}"] = {"inputs": dict(inputs), "path": path, "cached": cached}
+        self._lineage[f"{stage}/{key}"] = {"inputs": dict(inputs), "path": path}
         self._run.config.update({"lineage": self._lineage}, allow_val_change=True)
 
     def finish(self) -> None:
         self._run.finish()
+        if self._ledger is not None and self._identity is not None:
+            said = {"content": self._identity.content, "folder": str(Path(self._run.dir).parent), "linked": False}
+            write_json(self._ledger, said)
 
 
 class _Guarded:
@@ -173,8 +217,11 @@ class _Guarded:
     def table(self, stage: str, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self._attempt(f"table {stage}/{name}", lambda: self._inner.table(stage, name, rows))
 
-    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str, cached: bool) -> None:
-        self._attempt(f"lineage of {stage}", lambda: self._inner.lineage(stage, key, inputs, path, cached))
+    def lineage(self, stage: str, key: str, inputs: Mapping[str, str], path: str) -> None:
+        self._attempt(f"lineage of {stage}", lambda: self._inner.lineage(stage, key, inputs, path))
+
+    def figure(self, name: str, path: Path) -> None:
+        self._attempt(f"figure {name}", lambda: self._inner.figure(name, path))
 
     def finish(self) -> None:
         self._attempt("finish", self._inner.finish)
@@ -191,19 +238,65 @@ def open_tracker(
     group: str | None = None,
     name: str | None = None,
     tags: Sequence[str] = (),
+    job_type: str | None = None,
+    identity: Identity | None = None,
 ) -> Tracker:
     """A tracker that never raises: ``offline`` and ``online`` are W&B's, ``disabled`` sends nothing.
 
-    ``config`` is plain nested data; the code's version is added to it as ``code_version``.
+    ``config`` is plain nested data; the code's version is added to it as ``code_version``. An online run that cannot
+    start, because W&B is not reachable, is kept offline. One whose ``identity`` was sent before is not sent again.
 
     Raises:
         ValueError: another ``mode``.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: one of {', '.join(MODES)}")
-    if mode == "disabled":
+    if mode == "disabled" or (identity is not None and was_sent(dir, project, identity)):
         return NullTracker()
-    return _Guarded(lambda: WandbTracker(mode, project, entity, dir, config, group, name, tags))
+
+    def start(how: str) -> Tracker:
+        return WandbTracker(how, project, entity, dir, config, group, name, tags, job_type, identity)
+
+    def open_inner() -> Tracker:
+        try:
+            return start(mode)
+        except Exception as error:  # as in _Guarded._attempt: W&B's failures share no base class
+            if mode != "online":
+                raise
+            tracker = start("offline")
+            log.warning(
+                "W&B is not reachable (%s: %s); this run is kept in %s, and `wandb sync` sends it later",
+                type(error).__name__,
+                error,
+                dir,
+            )
+            return tracker
+
+    return _Guarded(open_inner)
+
+
+def was_sent(dir: str, project: str, identity: Identity) -> bool:
+    """Whether a run of this identity and content was finished here before, on-line or offline."""
+    try:
+        return bool(read_json(_ledger(dir, project, identity))["content"] == identity.content)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def in_tuning() -> bool:
+    """Whether a W&B agent started this process: the one run that it asks for is the cell's."""
+    return "WANDB_SWEEP_ID" in os.environ
+
+
+def _ledger(dir: str, project: str, identity: Identity) -> Path:
+    return Path(dir) / "sent" / project / f"{identity.run_id}.json"
+
+
+def _remove_unsent(dir: Path, identity: Identity) -> None:
+    """Remove what a process that was killed, or an earlier content, left of this run and was not uploaded yet."""
+    for folder in dir.glob(f"wandb/offline-run-*-{identity.run_id}"):
+        if not list(folder.glob("*.synced")):
+            shutil.rmtree(folder)
 
 
 def code_version() -> str:

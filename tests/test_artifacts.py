@@ -102,9 +102,10 @@ def test_a_removal_that_was_killed_halfway_is_built_again(tmp_path):
 
 def test_temporary_files_of_a_killed_writer_are_not_published(tmp_path):
     store = Store(tmp_path / "s")
-    store.work(node()).mkdir(parents=True)
+    work = tmp_path / "s" / "stage" / f"{node().key}.0.work"
+    work.mkdir(parents=True)
     for name in (".tmpA1b2", "x.json.7.tmp"):
-        (store.work(node()) / name).write_text("half")
+        (work / name).write_text("half")
     names = {p.name for p in store.materialize(node(), write).iterdir()}
     assert names == {"artifact.json", "value.json"}
 
@@ -155,7 +156,7 @@ def test_a_full_disk_is_said_and_the_next_run_resumes(tmp_path, monkeypatch, whe
 
     with monkeypatch.context() as patch:
         if where == "publish":
-            patch.setattr("pmpd.artifacts._fsync", full)
+            patch.setattr("pmpd.artifacts.fsync", full)
         with pytest.raises(StoreError, match=r"disk .* is full .* run the same command again"):
             store.materialize(node(), full if where == "stage" else lambda n, i, out: (out / "f").write_text("x"))
     assert store.status(node()) == "resumes"
@@ -167,7 +168,7 @@ def test_safetensors_own_error_for_a_full_disk_counts_as_one(tmp_path, monkeypat
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     store = Store(tmp_path / "s")
-    monkeypatch.setattr("pmpd.artifacts.save_file", full)
+    monkeypatch.setattr("pmpd.files.save_file", full)
     with pytest.raises(StoreError, match="is full"):
         store.materialize(node(), lambda n, i, out: write_tensors(out / "t.safetensors", {"a": torch.zeros(1)}))
     assert store.status(node()) == "resumes"
@@ -239,7 +240,7 @@ def test_kill_9_frees_the_lock_and_the_next_run_resumes(tmp_path):
     Store(tmp_path / "s")
     worker = multiprocessing.get_context("spawn").Process(target=_hang, args=(str(tmp_path / "s"),))
     worker.start()
-    part = Store(tmp_path / "s").work(node()) / "part.json"
+    part = tmp_path / "s" / "stage" / f"{node().key}.0.work" / "part.json"
     deadline = time.monotonic() + 30
     while not part.exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -101,7 +101,8 @@ def artifact(folder: Path, stage: str = "train_learned") -> Path:
         network.output.weight.zero_()
         network.output.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
     save_network(network, folder / "scheduler.safetensors")
-    write_json(folder / "artifact.json", {"stage": stage, "config": {"prefill_bits": 4, "levels": [4, 2]}})
+    config = {"prefill_bits": 4, "levels": [4, 2], "grid_parts": 3}
+    write_json(folder / "artifact.json", {"stage": stage, "config": config})
     return folder
 
 
@@ -115,7 +116,7 @@ def test_a_trained_scheduler_is_read_from_its_artifact(model: Model, tmp_path: P
 
 
 def test_what_is_no_scheduler_is_named(model: Model, tmp_path: Path) -> None:
-    for wrong in ("lossless", str(tmp_path / "nowhere"), "4:3@1,4"):
+    for wrong in ("lossless", str(tmp_path / "nowhere"), "4:4@1,4"):
         with pytest.raises(ValueError, match="is none of fp16, high, low, static"):
             model.generate("The fox", scheduler=wrong)
     with pytest.raises(ValueError, match="holds no scheduler.safetensors"):

@@ -10,6 +10,7 @@ from pmpd.records import (
     Schedule,
     average_bits,
     class_schedules,
+    pattern_schedule,
     schedule_family,
     switch_grid,
 )
@@ -64,11 +65,25 @@ def test_classes_are_fractions_of_any_m_cheapest_first():
 
 
 @pytest.mark.parametrize(
-    ("levels", "steps"), [((3, 4), (1,)), ((4, 3), ()), ((4, 3, 2), (3, 1)), ((4, 3), (-1,)), ((), ())]
+    ("levels", "steps"), [((4, 4), (1,)), ((4, 3), ()), ((4, 3, 2), (3, 1)), ((4, 3), (-1,)), ((), ())]
 )
 def test_impossible_schedules_are_refused(levels, steps):
     with pytest.raises(ValueError, match="levels|switch_steps"):
         Schedule(4, levels, steps)
+
+
+def test_a_pattern_cuts_decoding_into_equal_parts_and_may_rise():
+    assert pattern_schedule(4, [4, 3], 9).bits_of(9) == [4] * 4 + [3] * 4
+    assert pattern_schedule(4, [3, 4], 9).bits_of(9) == [3] * 4 + [4] * 4
+    assert pattern_schedule(4, [3, 4, 3], 10).bits_of(10) == [3] * 3 + [4] * 3 + [3] * 3
+    assert pattern_schedule(4, [4, 3, 3], 256) == class_schedules(4, (4, 3), 256)[1]
+    assert pattern_schedule(3, [4, 4], 9) == Schedule(3, (4,))
+    assert pattern_schedule(4, [3, 4], 9).canonical(4) == Schedule(4, (3,))  # ended before the second part
+
+
+def test_equal_levels_left_beside_each_other_are_one():
+    assert Schedule(4, (3, 4, 3), (2, 2)).canonical(9) == Schedule(4, (3,))
+    assert Schedule(4, (3, 4, 3, 2), (2, 2, 5)).canonical(9) == Schedule(4, (3, 2), (5,))
 
 
 schedules = st.builds(

@@ -2,7 +2,7 @@
 
 from pmpd.decode.ahead import ahead
 from pmpd.decode.cache import BufferCache
-from pmpd.decode.complete import complete, stream
+from pmpd.decode.complete import complete, finish, stream
 from pmpd.decode.fastest import CPU_FORWARD, FUSED_GRAPHS, fastest, graphed
 from pmpd.decode.forward import two_phase_nll, window_nll
 from pmpd.decode.loop import ContextError, State, StepModel, context_limit, decode, prefill
@@ -24,6 +24,7 @@ __all__ = [
     "decode_schedules",
     "decode_tree",
     "fastest",
+    "finish",
     "graphed",
     "prefill",
     "random_llama",

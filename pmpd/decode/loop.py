@@ -8,12 +8,14 @@ models are, and one that is a :class:`StepModel` (graphs on a GPU) takes decode 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from pmpd.decode.activations import block_statistics
 from pmpd.decode.cache import BufferCache, with_cache
 from pmpd.quant import PrecisionCell
 from pmpd.records import FP16_BITS, Prefill, Step
@@ -34,6 +36,8 @@ class State:
         step: index of the next step to yield; 0 when only prefill was run.
         bits: precision of the last forward.
         max_new_tokens: how many generated tokens a row the cache has room for.
+        activations: float32 ``[batch, layers, 2, hidden]`` of prefill, see :class:`pmpd.records.Prefill`; None unless
+            asked for.
     """
 
     cache: BufferCache
@@ -45,6 +49,7 @@ class State:
     step: int
     bits: int
     max_new_tokens: int
+    activations: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,6 +79,7 @@ class State:
             "rows": self.rows[index],
             "tokens": self.tokens[index],
             "logits": self.logits[index],
+            "activations": None if self.activations is None else self.activations[index],
         }
 
     def view(self, row: int) -> Prefill:
@@ -87,7 +93,11 @@ class State:
         keys, values = self.cache.buffers[-1].used()
         start = self.cache.length - int(self.prompt_tokens[row])
         return Prefill(
-            keys[row, :, start:].clone(), values[row, :, start:].clone(), self.logits[row], self.max_new_tokens
+            keys[row, :, start:].clone(),
+            values[row, :, start:].clone(),
+            self.logits[row],
+            self.max_new_tokens,
+            None if self.activations is None else self.activations[row],
         )
 
 
@@ -130,6 +140,7 @@ def prefill(
     *,
     max_new_tokens: int,
     pad_id: int = 0,
+    activations: bool = False,
 ) -> State:
     """Run the prompts through the model in one forward, padded on the left.
 
@@ -138,10 +149,12 @@ def prefill(
         bits: precision of prefill.
         max_new_tokens: room to leave for generated tokens, at least 1.
         pad_id: any id of the vocabulary; padding is masked.
+        activations: take the statistics of every block's output too.
 
     Raises:
         ContextError: a prompt that does not fit the model's context together with ``max_new_tokens``.
-        ValueError: no prompts, an empty one, or a precision that the model does not have.
+        ValueError: no prompts, an empty one, a precision that the model does not have, or activations of a model that
+            does not show them.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
@@ -169,10 +182,13 @@ def prefill(
     device = next(model.parameters()).device
     cache = empty_cache(model, capacity)
     mask = None if mask is None else mask.to(device)
-    logits = _forward(model, cell, bits, padded.to(device), positions.clamp(min=0).to(device), mask, cache)
+    with ExitStack() as stack:
+        found = stack.enter_context(block_statistics(model, positions >= 0)) if activations else []
+        logits = _forward(model, cell, bits, padded.to(device), positions.clamp(min=0).to(device), mask, cache)
     rows = torch.arange(len(prompts), device=device)
     tokens = torch.zeros_like(rows)
-    return State(cache, mask, prompt_tokens.to(device), rows, tokens, logits, 0, bits, max_new_tokens)
+    statistics = torch.stack(found, 1) if activations else None
+    return State(cache, mask, prompt_tokens.to(device), rows, tokens, logits, 0, bits, max_new_tokens, statistics)
 
 
 def decode(

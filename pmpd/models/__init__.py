@@ -1,6 +1,6 @@
 """Language models: where they come from, how they are read, and how a prompt becomes tokens."""
 
-from pmpd.models.blocks import attach, block_index, block_linears
+from pmpd.models.blocks import attach, block_index, block_linears, decoder_blocks
 from pmpd.models.convert import materialize
 from pmpd.models.errors import ModelError
 from pmpd.models.load import architecture, context_length, load_model, load_tokenizer, read_config
@@ -18,6 +18,7 @@ __all__ = [
     "block_index",
     "block_linears",
     "context_length",
+    "decoder_blocks",
     "digest",
     "folder",
     "linear_names",

@@ -25,7 +25,7 @@ def block_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     Raises:
         ModelError: no blocks, or a matrix in them that is no ``nn.Linear`` (GPT-2's Conv1D, fused experts).
     """
-    path, blocks = _blocks(model)
+    path, blocks = decoder_blocks(model)
     linears: dict[str, nn.Linear] = {}
     for name, module in blocks.named_modules(prefix=path):
         if isinstance(module, nn.Linear):
@@ -81,8 +81,12 @@ def attach(model: PreTrainedModel, shards: Path, max_bits: int | None = None) ->
     return cell
 
 
-def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The outermost list with as many entries as the config has layers, and its path."""
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The outermost list with as many entries as the config has layers, and its path.
+
+    Raises:
+        ModelError: none.
+    """
     num_layers = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:

@@ -1,5 +1,6 @@
 """The nested quantisers: what errors are weighted by, codes and tables, packed weights, the layer that reads them."""
 
+from pmpd.quant.dense_sparse import quantize_dense_sparse
 from pmpd.quant.joint import JointOptions, quantize_jointly
 from pmpd.quant.linear import NestedLinear, PrecisionCell
 from pmpd.quant.moments import accumulate_moments
@@ -17,6 +18,7 @@ __all__ = [
     "accumulate",
     "accumulate_moments",
     "highest",
+    "quantize_dense_sparse",
     "quantize_jointly",
     "quantize_weight",
     "take_outliers",

@@ -54,8 +54,8 @@ class Outliers:
     @classmethod
     def stacked(cls, parts: Sequence[Outliers]) -> Outliers:
         """Of matrices one above the other, with the same number of columns."""
-        fields = ([getattr(part, name) for part in parts] for name in FIELDS[:3])
-        return cls(*(torch.cat(tensors) for tensors in fields), parts[0].in_features)
+        values, columns, counts = (torch.cat([getattr(part, name) for part in parts]) for name in FIELDS[:3])
+        return cls(values, columns, counts, parts[0].in_features)
 
     def to(self, device: torch.device | str) -> Outliers:
         """On ``device``."""

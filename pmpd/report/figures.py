@@ -16,12 +16,55 @@ from pmpd.report.frame import CellRecord
 from pmpd.report.table import TITLES
 
 COLOURS = {"fp16": "#555555", "high": "#1b7837", "low": "#b2182b", "static": "#2166ac", "learned": "#e08214"}
+OTHERS = ("#762a83", "#8c510a", "#01665e", "#c51b7d", "#66a61e", "#a6761d", "#1f78b4", "#b15928", "#fb9a99", "#000000")
+"""For schedulers without a colour of their own, in the order in which they come."""
+
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
+
+
+def colours_of(records: Sequence[CellRecord]) -> dict[str, str]:
+    """A colour for every scheduler."""
+    others = [s for s in dict.fromkeys(r.scheduler for r in records) if s not in COLOURS]
+    return COLOURS | {scheduler: OTHERS[k % len(OTHERS)] for k, scheduler in enumerate(others)}
+
+
+def draw_cells(records: Sequence[CellRecord], path: Path) -> None:
+    """A row a cell: the first metric, its paired difference to uniform high, agreement with fp16; with intervals."""
+    metric = records[0].metrics[0]
+    colours = colours_of(records)
+    panels = (
+        (metric, TITLES[metric]),
+        (f"{metric} minus high", f"{TITLES[metric]} - high (paired)"),
+        ("agreement", "agreement with own fp16 output"),
+    )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 1.2 + 0.26 * len(records)), layout="constrained")
+        axes_row = figure.subplots(1, len(panels), sharey=True)
+        for axes, (quantity, label) in zip(axes_row, panels, strict=True):
+            for place, record in enumerate(records):
+                if (row := record.find(quantity)) is None:
+                    continue
+                error = [[max(row["value"] - row["ci_low"], 0)], [max(row["ci_high"] - row["value"], 0)]]
+                axes.errorbar([row["value"]], [place], xerr=error, fmt="o", color=colours[record.scheduler], capsize=2)
+            if quantity.endswith("high"):
+                axes.axvline(0, color="#999999", linewidth=0.8)
+            axes.set_xlabel(label)
+            axes.grid(axis="x", color="#eeeeee")
+        bits = [record.find("average_bits") for record in records]
+        labels = [f"{r.scheduler} ({b['value']:.2f})" if b else r.scheduler for r, b in zip(records, bits, strict=True)]
+        axes_row[0].set_yticks(range(len(records)), labels)
+        axes_row[0].invert_yaxis()
+        figure.suptitle(
+            f"{records[0].model}, {records[0].task}: (average decode bits); 95 % bootstrap intervals",
+            fontsize=9,
+        )
+        save(figure, path)
 
 
 def draw_quality(records: Sequence[CellRecord], path: Path) -> None:
     """Quality against average bits for the cells of one model and task: first metric, and agreement with fp16."""
     metric = records[0].metrics[0]
+    colours = colours_of(records)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 3.5), layout="constrained")
         panels = figure.subplots(1, 2)
@@ -33,7 +76,7 @@ def draw_quality(records: Sequence[CellRecord], path: Path) -> None:
                 bits, row = record.find("average_bits"), record.find(quantity)
                 if bits is None or row is None:
                     continue
-                colour = COLOURS.get(record.scheduler, "black")
+                colour = colours[record.scheduler]
                 if record.levels and bits["value"] == FP16_BITS:
                     axes.axhline(row["value"], color=colour, linewidth=1, linestyle="--", label="fp16 (16 bits)")
                 else:

@@ -21,6 +21,17 @@ GAINS = (
 )
 """Columns for what the cells' hardware gives: title, quantity, digits, suffix."""
 
+BITS = (("by token", "average_bits_tokens", 2, ""), ("by time", "average_bits_time", 2, ""))
+"""Average bits weighted otherwise than by sequence, which is the paper's."""
+
+FAILURES = (
+    ("shortened_prompts", "prompts cut to the context"),
+    ("unended_answers", "answers cut off by max_new_tokens"),
+    ("empty_answers", "empty answers"),
+    ("no_decode_step", "samples without a decode step"),
+)
+"""What went less than well, counted."""
+
 
 def linears_table(rows: Sequence[dict[str, Any]]) -> str:
     """Linear layers as the paper times them: microseconds, and times 16 bits, hot in the cache and flushed from it."""
@@ -67,8 +78,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def summary_table(records: Sequence[CellRecord]) -> str:
     """Cells of one model and task: bits, metrics with 95 % intervals, agreement, difference to high, gain."""
     metrics = records[0].metrics
-    gains = [(title, q, digits, suffix) for title, q, digits, suffix in GAINS if any(r.find(q) for r in records)]
-    header = ["scheduler", "prefill", "average bits"]
+    bits, gains = ([c for c in columns if any(r.find(c[1]) for r in records)] for columns in (BITS, GAINS))
+    header = ["scheduler", "prefill", "average bits", *(title for title, *_ in bits)]
     header += [f"{TITLES[m]} [95 %]" for m in metrics]
     header += [f"{TITLES[metrics[0]]} - high", "agreement [95 %]", *(title for title, *_ in gains), "n"]
     rows = []
@@ -79,6 +90,7 @@ def summary_table(records: Sequence[CellRecord]) -> str:
                 r.scheduler,
                 str(r.prefill_bits),
                 _number(r.find("average_bits"), 2),
+                *(_number(r.find(quantity), digits, suffix) for _, quantity, digits, suffix in bits),
                 *(_interval(r.find(m), 1) for m in metrics),
                 _interval(r.find(f"{metrics[0]} minus high"), 1, signed=True),
                 _interval(r.find("agreement"), 1),
@@ -87,6 +99,37 @@ def summary_table(records: Sequence[CellRecord]) -> str:
             ]
         )
     return markdown_table(header, rows)
+
+
+def category_table(records: Sequence[CellRecord]) -> str:
+    """The first metric of each category of samples, and its paired difference to uniform high; empty without any."""
+    metric = records[0].metrics[0]
+    start, end = f"{metric} of ", " minus high"
+    names = [r["quantity"].removeprefix(start) for r in records[0].results if r["quantity"].startswith(start)]
+    names = [name for name in names if not name.endswith(end)]
+    body = [
+        [
+            name,
+            str((record.find(start + name) or {"n": "-"})["n"]),
+            record.scheduler,
+            _interval(record.find(start + name), 1),
+            _interval(record.find(start + name + end), 1, signed=True),
+        ]
+        for name in names
+        for record in records
+    ]
+    header = ["category", "n", "scheduler", f"{TITLES[metric]} [95 %]", f"{TITLES[metric]} - high"]
+    return markdown_table(header, body) if body else ""
+
+
+def failures_line(records: Sequence[CellRecord]) -> str:
+    """What went less than well, by scheduler, in words."""
+    parts = []
+    for record in records:
+        found = [(row, words) for quantity, words in FAILURES if (row := record.find(quantity)) and row["value"]]
+        if found:
+            parts.append(f"{record.scheduler}: " + ", ".join(f"{r['value']:g} of {r['n']} {w}" for r, w in found))
+    return "Counted: " + ("; ".join(parts) if parts else "no cut prompt, no cut or empty answer") + "."
 
 
 def _number(row: dict[str, Any] | None, digits: int, suffix: str = "", signed: bool = False) -> str:

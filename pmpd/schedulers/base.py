@@ -6,7 +6,7 @@ A scheduler makes a fresh policy for every sequence, so no state leaks between p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -32,6 +32,22 @@ class Scheduler(Protocol):
 
     def begin(self, prefill: Prefill) -> Policy:
         """The policy of the sequence whose prefill this is."""
+
+
+@runtime_checkable
+class Blind(Protocol):
+    """A scheduler that looks at nothing: where no token is missing, no prompt is read for it."""
+
+    def policy(self) -> Planned:
+        """The policy of the next sequence."""
+
+
+@runtime_checkable
+class ReadsActivations(Protocol):
+    """A scheduler that may look at ``Prefill.activations``, which are not computed for the others."""
+
+    @property
+    def reads_activations(self) -> bool: ...
 
 
 @dataclass(frozen=True)

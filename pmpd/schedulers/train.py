@@ -1,4 +1,4 @@
-"""Training the learned scheduler's network on labelled KV caches.
+"""Training the learned scheduler's network on labelled prompts.
 
 Owns the split, the balancing and the report. Does not know where labels come from.
 """
@@ -13,9 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pmpd.schedulers.learned import LearnedNetwork
+from pmpd.schedulers.network import KV, LearnedNetwork
 
-Feature = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True)
+class Features:
+    """What there is of one prompt.
+
+    Attributes:
+        keys: of the last block, ``[kv_heads, length, head_dim]`` of any float type and any length; values alike.
+        activations: ``[layers, 2, hidden]``, mean and variance over positions of every block's output.
+    """
+
+    keys: Tensor
+    values: Tensor
+    activations: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class TrainReport:
         confusion: ``confusion[label][said]``, held-out samples.
         label_counts: by class, all samples.
         losses: mean cross-entropy in nats of each epoch over the balanced training part.
+        holdout_loss: mean cross-entropy in nats of the held-out samples after the last epoch.
     """
 
     holdout_accuracy: float
@@ -41,13 +54,15 @@ class TrainReport:
     confusion: tuple[tuple[int, ...], ...]
     label_counts: tuple[int, ...]
     losses: tuple[float, ...]
+    holdout_loss: float
 
 
 def train(
-    features: Sequence[Feature],
+    features: Sequence[Features],
     labels: Sequence[int],
     num_classes: int,
     *,
+    inputs: Sequence[str] = (KV,),
     epochs: int,
     learning_rate: float,
     weight_decay: float,
@@ -62,8 +77,8 @@ def train(
     each as often as the next, give or take one.
 
     Args:
-        features: keys and values, each ``[kv_heads, length, head_dim]`` of any float type and any length.
         labels: a class for each, from 0 to ``num_classes - 1``.
+        inputs: which features the network looks at.
         holdout: fraction of samples kept from training, at least one sample, chosen by ``seed``.
 
     Raises:
@@ -80,10 +95,19 @@ def train(
     num_holdout = min(max(1, round(holdout * len(features))), len(features) - 1)
     held_out, training = sorted(order[:num_holdout]), sorted(order[num_holdout:])
 
-    kv_heads, _, head_dim = features[0][0].shape
+    kv_heads, _, head_dim = features[0].keys.shape
+    num_layers, _, hidden_size = (0, 2, 0) if features[0].activations is None else features[0].activations.shape
     with torch.random.fork_rng(devices=[]):  # initial weights and dropout draw from the global generator
         torch.manual_seed(seed)
-        network = LearnedNetwork(kv_heads, head_dim, num_classes, dropout=dropout)
+        network = LearnedNetwork(
+            kv_heads,
+            head_dim,
+            num_classes,
+            features=inputs,
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            dropout=dropout,
+        )
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
         losses = []
         for _ in range(epochs):
@@ -104,11 +128,9 @@ def train(
     counts = [[labels[i] for i in part].count(k) for part in (training, range(len(labels))) for k in range(num_classes)]
     train_counts, all_counts = counts[:num_classes], counts[num_classes:]
     majority = max(range(num_classes), key=lambda k: train_counts[k])
-    said = []
     with torch.no_grad():
-        for i in held_out:
-            keys, values = features[i]
-            said.append(int(network(keys[None], values[None]).argmax()))
+        logits = torch.cat([network(*pad([features[i]])) for i in held_out])
+    said = logits.argmax(-1).tolist()
     confusion = [[0] * num_classes for _ in range(num_classes)]
     for i, k in zip(held_out, said, strict=True):
         confusion[labels[i]][k] += 1
@@ -122,6 +144,7 @@ def train(
         confusion=tuple(map(tuple, confusion)),
         label_counts=tuple(all_counts),
         losses=tuple(losses),
+        holdout_loss=float(functional.cross_entropy(logits, torch.tensor([labels[i] for i in held_out]))),
     )
 
 
@@ -136,13 +159,14 @@ def balanced_order(labels: Sequence[int], generator: torch.Generator) -> list[in
     return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
 
 
-def pad(features: Sequence[Feature]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values, float32 ``[batch, kv_heads, longest, head_dim]`` with zeros at the end, and their mask."""
-    lengths = torch.tensor([keys.shape[1] for keys, _ in features])
+def pad(features: Sequence[Features]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys and values, float32 ``[batch, kv_heads, longest, head_dim]``, zeros at the end; their mask; activations."""
+    lengths = torch.tensor([own.keys.shape[1] for own in features])
     longest = int(lengths.max())
-    heads, _, dim = features[0][0].shape
+    heads, _, dim = features[0].keys.shape
     both = torch.zeros(2, len(features), heads, longest, dim)
-    for i, pair in enumerate(features):
-        for which, tensor in enumerate(pair):
-            both[which, i, :, : tensor.shape[1]] = tensor
-    return both[0], both[1], torch.arange(longest) < lengths[:, None]
+    for i, own in enumerate(features):
+        both[0, i, :, : lengths[i]] = own.keys
+        both[1, i, :, : lengths[i]] = own.values
+    activations = [own.activations for own in features if own.activations is not None]
+    return both[0], both[1], torch.arange(longest) < lengths[:, None], torch.stack(activations) if activations else None

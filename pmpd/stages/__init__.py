@@ -7,16 +7,21 @@ from typing import Any
 from pmpd.artifacts import Node
 from pmpd.stages.base import SUMMARY, RuntimeConfig, Stage, read_summary
 from pmpd.stages.calibration import MOMENTS, SENSITIVITY
+from pmpd.stages.decide import DECIDE
+from pmpd.stages.dense_sparse import DENSE_SPARSE
 from pmpd.stages.evaluate import EVALUATE
 from pmpd.stages.fit_static import FIT_STATIC
+from pmpd.stages.hyperparameters import HYPERPARAMETERS
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS
-from pmpd.stages.learned import DECIDE, FEATURES, TRAIN_LEARNED
+from pmpd.stages.labels import LABELS
+from pmpd.stages.learned import FEATURES, TRAIN_LEARNED
 from pmpd.stages.measure import ESTIMATE, GAIN
+from pmpd.stages.oracle import ORACLE
 from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT
 from pmpd.stages.rollouts import ROLLOUTS
 from pmpd.stages.search import SEARCH
 from pmpd.stages.timing import LATENCY, LINEARS
-from pmpd.stages.tuning import TUNE
+from pmpd.stages.tuning import TUNE_TABLES
 
 STAGES: dict[str, Stage[Any]] = {
     stage.name: stage
@@ -30,13 +35,17 @@ STAGES: dict[str, Stage[Any]] = {
         MOMENTS,
         QUANTIZE,
         QUANTIZE_JOINT,
-        TUNE,
+        TUNE_TABLES,
         SEARCH,
         ROLLOUTS,
         FIT_STATIC,
         FEATURES,
+        LABELS,
         TRAIN_LEARNED,
+        HYPERPARAMETERS,
         DECIDE,
+        DENSE_SPARSE,
+        ORACLE,
         EVALUATE,
         ESTIMATE,
         LATENCY,

@@ -15,10 +15,10 @@ import numpy as np
 
 from pmpd.artifacts import read_jsonl, write_json, write_jsonl
 from pmpd.records import Completion, Generation, Interval, Sample, Schedule, average_bits
-from pmpd.stages.base import Stage, write_summary
+from pmpd.stages.base import Stage, read_summary, write_summary
+from pmpd.stages.decide import read_decisions
 from pmpd.stages.fit_static import read_choice
 from pmpd.stages.inputs import read_samples
-from pmpd.stages.learned import read_decisions
 from pmpd.stages.rollouts import read_rollouts
 from pmpd.stages.scoring import (
     Encoder,
@@ -33,6 +33,7 @@ from pmpd.stages.scoring import (
 RESULTS_FILE = "results.json"
 COMPLETIONS_FILE = "completions.jsonl"
 SAMPLES_FILE = "scores.jsonl"
+AGREEMENT = "ROUGE-L F x 100 with the model's own fp16 output"
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,23 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
         }
         others = {"high": scored["high"]} | ({"fp16": scored["fp16"]} if samples[0].references else {})
         compare(metric, unit_of(metric, config.encoder), scored["own"], others)
+        add_categories(results, metric, samples, scored["own"], scored["high"], config)
         for row, value in zip(per_sample, scored["own"].each(), strict=True):
             row[metric] = float(value)
     agree = {
         who: score_turns("rouge_l", answers, agreement, encoder) for who, answers in (("own", own), ("high", high))
     }
-    compare("agreement", "ROUGE-L F x 100 with the model's own fp16 output", agree["own"], {"high": agree["high"]})
+    compare("agreement", AGREEMENT, agree["own"], {"high": agree["high"]})
+    add_categories(results, "agreement", samples, agree["own"], agree["high"], config)
     for row, value in zip(per_sample, agree["own"].each(), strict=True):
         row["agreement"] = float(value)
 
-    add_bits(results, own, config.resamples, config.seed)
+    extra_bits = outlier_bits(inputs)
+    add_bits(results, own, config.resamples, config.seed, extra_bits)
+    add_failures(results, own, read_summary(inputs["prompts"])["metrics"].get("num_shortened", 0))
     for row, completion in zip(per_sample, own, strict=True):
         row |= {
-            "average_bits": average_bits(completion.decode_bits) if completion.decode_bits else None,
+            "average_bits": average_bits(completion.decode_bits) + extra_bits if completion.decode_bits else None,
             "new_tokens": sum(len(g.token_ids) for g in completion.generations),
             "schedule": ";".join(g.schedule.name for g in completion.generations),
         }
@@ -122,11 +127,50 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
     )
 
 
-def add_bits(results: list[dict[str, Any]], own: Sequence[Completion], resamples: int, seed: int) -> None:
-    """Average bits over sequences (the paper's), over tokens, and how many sequences had no decode step."""
-    decoded = [c.decode_bits for c in own if c.decode_bits]
+def outlier_bits(inputs: Mapping[str, Path]) -> float:
+    """Bits a weight that outliers add to every step of the completions, 0 for a model without."""
+    if "dense_sparse" not in inputs:
+        return 0.0
+    return float(read_summary(inputs["dense_sparse"])["metrics"]["outlier_bits"])
+
+
+def add_categories(
+    results: list[dict[str, Any]],
+    metric: str,
+    samples: Sequence[Sample],
+    own: Scores,
+    high: Scores,
+    config: EvaluateConfig,
+) -> None:
+    """A metric of each category of samples, where a set has categories, and its paired difference to uniform high."""
+    unit = unit_of(metric, config.encoder) if metric != "agreement" else AGREEMENT
+    for category in sorted({s.category for s in samples if s.category}):
+        index = [i for i, s in enumerate(samples) if s.category == category]
+        part, base = (Scores(scores.statistics[index], scores.reduce) for scores in (own, high))
+        results.append(result(f"{metric} of {category}", unit, part.interval(config.resamples, config.seed)))
+        difference = part.minus(base, config.resamples, config.seed)
+        results.append(result(f"{metric} of {category} minus high", unit, difference))
+
+
+def add_failures(results: list[dict[str, Any]], own: Sequence[Completion], num_shortened: int) -> None:
+    """What went less than well and is scored all the same: counts, of prompts and of answers."""
+    answers = [g for c in own for g in c.generations]
+    results.append(exact("shortened_prompts", "prompts cut to the context", num_shortened, len(own)))
+    cut = sum(not g.ended for g in answers)
+    results.append(exact("unended_answers", "answers that max_new_tokens cut off", cut, len(answers)))
+    results.append(exact("empty_answers", "answers without a text", sum(not g.text for g in answers), len(answers)))
+
+
+def add_bits(
+    results: list[dict[str, Any]], own: Sequence[Completion], resamples: int, seed: int, extra_bits: float = 0.0
+) -> None:
+    """Average bits over sequences (the paper's), over tokens, and how many sequences had no decode step.
+
+    ``extra_bits``: what outliers add to every step.
+    """
+    decoded = [[bits + extra_bits for bits in c.decode_bits] for c in own if c.decode_bits]
     if decoded:
-        by_sequence = mean_scores([average_bits(bits) for bits in decoded])
+        by_sequence = mean_scores([sum(bits) / len(bits) for bits in decoded])
         results.append(result("average_bits", "bits, mean over sequences", by_sequence.interval(resamples, seed)))
         by_token = Scores(
             np.array([[sum(bits), len(bits)] for bits in decoded], float), lambda total: total[..., 0] / total[..., 1]
@@ -193,4 +237,4 @@ def read_completions(path: Path) -> list[Completion]:
     ]
 
 
-EVALUATE = Stage("evaluate", 1, EvaluateConfig, run_evaluate, "look-ups and scoring")
+EVALUATE = Stage("evaluate", 2, EvaluateConfig, run_evaluate, "look-ups and scoring")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -227,6 +228,6 @@ def model_input(source: ModelSource, digests: Path) -> Input:
     """The model's folder, or the stage that makes one of safetensors from a GGUF file or ``.bin`` weights."""
     key = digest(source, digests)
     if source.kind == "gguf":
-        return WEIGHTS.node(WeightsConfig(), source=Root(source.path, key, lambda: source.files[0]))
-    ready = Root(source.path, key, lambda: folder(source))
+        return WEIGHTS.node(WeightsConfig(), source=Root(source.path, key, partial(Path, source.files[0])))
+    ready = Root(source.path, key, partial(folder, source))
     return WEIGHTS.node(WeightsConfig(), source=ready) if needs_conversion(source) else ready

@@ -19,7 +19,7 @@ from pmpd.hardware.npu import NPU, StoredWeights, decode_steps_s, prefill_forwar
 from pmpd.models import architecture
 from pmpd.records import FP16_BITS, Completion, Generation
 from pmpd.stages.base import Stage, write_summary
-from pmpd.stages.evaluate import RESULTS_FILE, read_completions, result
+from pmpd.stages.evaluate import RESULTS_FILE, outlier_bits, read_completions, result
 from pmpd.stages.scoring import mean_scores
 
 Seconds = NDArray[np.float64]
@@ -45,15 +45,20 @@ def run_estimate(config: EstimateConfig, inputs: Mapping[str, Path], out: Path) 
     shape = architecture(inputs["model"], config.trust_remote_code)
     weights = StoredWeights(config.parent_bits, config.group_size)
 
+    extra = outlier_bits(inputs)
+
+    def read(bits: int) -> float:
+        return bits if bits == FP16_BITS else bits + extra
+
     def steps_s(prompt_tokens: int, bits: list[int]) -> Seconds:
-        return decode_steps_s(npu, shape, prompt_tokens, bits, weights)
+        return decode_steps_s(npu, shape, prompt_tokens, [read(b) for b in bits], weights)
 
     def prefill_s(prompt_tokens: int, bits: int) -> float:
-        return float(prefill_forward(npu, shape, bits, prompt_tokens, weights).total_s)
+        return float(prefill_forward(npu, shape, read(bits), prompt_tokens, weights).total_s)
 
     completions = read_completions(inputs["evaluation"])
     where = f"on {npu.name}, estimated; {npu.counted}"
-    rows = decode_gains("npu", where, completions, steps_s, None, config.resamples, config.seed)
+    rows = decode_gains("npu", where, completions, steps_s, None, config.resamples, config.seed, extra)
     total_gain = [
         sum(prefill_s(g.prompt_tokens, FP16_BITS) + at(steps_s, g, FP16_BITS).sum() for g in c.generations)
         / sum(prefill_s(g.prompt_tokens, g.schedule.prefill_bits) + own(steps_s, g).sum() for g in c.generations)
@@ -102,11 +107,13 @@ def decode_gains(
     high_bits: int | None,
     resamples: int,
     seed: int,
+    extra_bits: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Results of decoding alone, quantities prefixed with ``kind``; samples without a decode step are left out.
 
     The speed-up of a sample is the fp16 (or uniform high) time of the *same* steps (same prompt, same number of
     tokens, same contexts) over its own, so it does not mix in that another precision writes longer or shorter.
+    ``extra_bits``: what outliers add to a step's bits.
     """
     rate, gain, gain_over_high, time_bits = [], [], [], []
     for completion in completions:
@@ -118,7 +125,7 @@ def decode_gains(
         gain.append(sum(at(steps_s, g, FP16_BITS).sum() for g in generations) / seconds.sum())
         if high_bits is not None:
             gain_over_high.append(sum(at(steps_s, g, high_bits).sum() for g in generations) / seconds.sum())
-        time_bits.append(seconds @ np.asarray(completion.decode_bits) / seconds.sum())
+        time_bits.append(seconds @ np.asarray(completion.decode_bits) / seconds.sum() + extra_bits)
     quantities = (
         (f"{kind}_decode_throughput", f"tokens/s {where}", rate),
         (f"{kind}_decode_speedup", f"times fp16 {where}", gain),

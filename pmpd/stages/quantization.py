@@ -45,7 +45,7 @@ def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) 
             solver=config.solver,
         )
 
-    _quantize(quantize, inputs["model"], inputs.get("sensitivity"), config.trust_remote_code, out)
+    quantize_blocks(quantize, inputs["model"], inputs.get("sensitivity"), config.trust_remote_code, out)
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def run_quantize_joint(config: QuantizeJointConfig, inputs: Mapping[str, Path], 
             options=options,
         )
 
-    _quantize(quantize, inputs["model"], inputs["moments"], config.trust_remote_code, out)
+    quantize_blocks(quantize, inputs["model"], inputs["moments"], config.trust_remote_code, out)
 
 
-def _quantize(
+def quantize_blocks(
     quantize: Callable[[Tensor, Tensor | None], NestedWeight],
     model: Path,
     statistics: Path | None,

@@ -85,19 +85,21 @@ def run_search(config: SearchConfig, inputs: Mapping[str, Path], out: Path) -> N
     nested = list(range(config.parent_bits, config.seed_bits - 1, -1))
 
     curve: dict[int, float] = {}
+    second_half: dict[int, float] = {}
     for bits in progress([FP16_BITS, *nested], "perplexity"):
-        total, count = window_nll(model, cell, windows, bits, batch_size=batch)
-        curve[bits] = perplexity(total, count)
+        nll = window_nll(model, cell, windows, bits, batch_size=batch)
+        curve[bits], second_half[bits] = perplexity(nll), perplexity(nll[:, half:])
         cell.drop(bits)
 
     def pair_perplexity(prefill_bits: int, decode_bits: int) -> float:
+        if prefill_bits == decode_bits:
+            return second_half[decode_bits]
         for bits in nested:
             if bits not in (prefill_bits, decode_bits):
                 cell.drop(bits)
-        total, count = two_phase_nll(model, cell, windows, half, prefill_bits, decode_bits, batch_size=batch)
-        return perplexity(total, count)
+        return perplexity(two_phase_nll(model, cell, windows, half, prefill_bits, decode_bits, batch_size=batch))
 
-    fp16_half = pair_perplexity(FP16_BITS, FP16_BITS)
+    fp16_half = second_half[FP16_BITS]
     pair, scores = cheapest_pair(nested, pair_perplexity, fp16_half * (1 + config.tolerance))
 
     lossless = lowest_lossless(curve, config.tolerance)

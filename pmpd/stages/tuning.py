@@ -20,7 +20,7 @@ DIVERGENCE = "divergence"
 
 
 @dataclass(frozen=True)
-class TuneConfig:
+class TuneTablesConfig:
     """Which precisions' tables, and how far; over which text is the ``texts`` input."""
 
     bits: list[int]
@@ -30,7 +30,7 @@ class TuneConfig:
     runtime: RuntimeConfig
 
 
-def run_tune(config: TuneConfig, inputs: Mapping[str, Path], out: Path) -> None:
+def run_tune_tables(config: TuneTablesConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """The ``nested`` input with tuned tables, shard by shard."""
     tables: dict[str, torch.Tensor] = {}
     summary = read_summary(inputs["nested"])["metrics"]
@@ -51,7 +51,7 @@ def run_tune(config: TuneConfig, inputs: Mapping[str, Path], out: Path) -> None:
         part.unlink()
 
 
-def _tune(bits: int, config: TuneConfig, inputs: Mapping[str, Path]) -> dict[str, torch.Tensor]:
+def _tune(bits: int, config: TuneTablesConfig, inputs: Mapping[str, Path]) -> dict[str, torch.Tensor]:
     """Tuned tables by name, and the divergence of each step."""
     runtime = config.runtime
     model = load_model(inputs["model"], runtime.torch_dtype, runtime.device, runtime.trust_remote_code)
@@ -73,4 +73,10 @@ def _tune(bits: int, config: TuneConfig, inputs: Mapping[str, Path]) -> dict[str
     return tables | {DIVERGENCE: torch.tensor(seen)}
 
 
-TUNE = Stage("tune", 1, TuneConfig, run_tune, "steps of Adam over whole passes of the model, at every precision tuned")
+TUNE_TABLES = Stage(
+    "tune_tables",
+    1,
+    TuneTablesConfig,
+    run_tune_tables,
+    "steps of Adam over whole passes of the model, at every precision tuned",
+)

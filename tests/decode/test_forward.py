@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,14 @@ def nll(logits: Tensor, target: int) -> float:
 def test_whole_windows_score_every_token_but_the_first(quantised: Quantised, batch_size: int) -> None:
     model, cell = quantised
     cell.bits = 3
-    expected = sum(
-        nll(model(window[None, :t]).logits[0, -1], int(window[t])) for window in WINDOWS for t in range(1, 24)
-    )
+    expected = [
+        [nll(model(window[None, :t]).logits[0, -1], int(window[t])) for t in range(1, 24)] for window in WINDOWS
+    ]
     cell.bits = 16
-    total, count = window_nll(model, cell, WINDOWS, 3, batch_size=batch_size)
-    assert count == 5 * 23
-    assert total == pytest.approx(expected, rel=1e-6)
-    assert window_nll(model, cell, WINDOWS, 16)[0] != pytest.approx(expected, rel=1e-3)
+    torch.testing.assert_close(
+        window_nll(model, cell, WINDOWS, 3, batch_size=batch_size), torch.tensor(expected).double(), rtol=1e-5, atol=0
+    )
+    assert float(window_nll(model, cell, WINDOWS, 16).mean()) != pytest.approx(np.mean(expected), rel=1e-3)
 
 
 @torch.no_grad()
@@ -37,18 +38,27 @@ def test_whole_windows_score_every_token_but_the_first(quantised: Quantised, bat
 @pytest.mark.parametrize("split", [1, 10, 22])
 def test_two_phases_equal_step_by_step_decoding(quantised: Quantised, split: int, batch_size: int) -> None:
     model, cell = quantised
-    expected = 0.0
-    for window in WINDOWS:
+    expected = torch.zeros(5, 23 - split, dtype=torch.float64)
+    for row, window in enumerate(WINDOWS):
         cache = DynamicCache(config=model.config)
         cell.bits = 4
         model(window[None, :split], **with_cache(model, cache))
         cell.bits = 2
         for t in range(split, 23):
             logits = model(window[None, t : t + 1], **with_cache(model, cache)).logits[0, -1]
-            expected += nll(logits, int(window[t + 1]))
-    total, count = two_phase_nll(model, cell, WINDOWS, split, 4, 2, batch_size=batch_size)
-    assert count == 5 * (23 - split)
-    assert total == pytest.approx(expected, rel=1e-6)
+            expected[row, t - split] = nll(logits, int(window[t + 1]))
+    found = two_phase_nll(model, cell, WINDOWS, split, 4, 2, batch_size=batch_size)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("split", [1, 10, 22])
+def test_two_phases_at_one_precision_are_the_whole_windows_second_part(quantised: Quantised, split: int) -> None:
+    torch.testing.assert_close(
+        two_phase_nll(*quantised, WINDOWS, split, 3, 3),
+        window_nll(*quantised, WINDOWS, 3)[:, split:],
+        rtol=1e-5,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("split", [0, 23, 24])

@@ -129,7 +129,7 @@ def test_a_cell_with_recorded_gpu_times_runs_whole_without_a_gpu(store, tiny_lla
     for made, rows in ((planned.latency, steps), (planned.linears, products)):
         put(store, made, {**weights, "rows": rows})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run_cell(config, tmp_path / "out", "0")
+    run_cell(config, tmp_path / "out")
     frame = pd.read_csv(tmp_path / "out" / "results.csv")
     own = frame[frame.scheduler == "static"].set_index("metric")
     # Eight steps: three at 2 ms, five at 1 ms; a sequence that ends early has only the first of them.
@@ -145,8 +145,8 @@ def test_a_cell_with_recorded_gpu_times_runs_whole_without_a_gpu(store, tiny_lla
 
 def put(store: Store, node: Node, content: dict[str, object]) -> None:
     """Publish ``node`` as if it had been built elsewhere: its inputs stay to be made."""
-    work = store.work(node)
+    work = store.root / node.stage / f"{node.key}.0.work"
     work.mkdir(parents=True)
     write_json(work / RESULTS_FILE, content)
     write_summary(work, {})
-    store._publish(node, work, 0.0)
+    store._publish(node, work, work.stat().st_ino, 0.0)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 
@@ -26,14 +29,16 @@ from pipelines.preflight import PreflightError
 from pipelines.report import CONF, grid_of, report
 from pipelines.run import run_cell
 from pipelines.schema import register
-from pmpd.artifacts import Store
+from pmpd.artifacts import Node, Store, read_json
 from pmpd.config import Config, ConfigError, from_omegaconf
 from pmpd.kernels import CudaUnavailableError
+from pmpd.metrics import rouge_l
 from pmpd.records import Schedule
 from pmpd.report import COLUMNS
+from pmpd.stages import RuntimeConfig, execute, read_summary
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import read_rollouts
-from pmpd.stages.runtime import load_prompter
+from pmpd.stages.runtime import load, load_prompter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -63,7 +68,7 @@ def cell(*lines: str) -> Config:
 
 
 def run(model: Path, store: Path, out: Path, *more: str) -> pd.DataFrame:
-    run_cell(cell(*overrides(model, store, *more)), out, "0")
+    run_cell(cell(*overrides(model, store, *more)), out)
     return pd.read_csv(out / "results.csv")
 
 
@@ -103,9 +108,104 @@ def test_uniform_schedulers_have_their_bits_and_fp16_agrees_with_itself(store):
             assert own.loc["npu_decode_speedup", "value"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [["scheduler=dense_sparse", "scheduler.target.switch_step=4"], ["scheduler=dense_sparse_learned"]],
+    ids=" ".join,
+)
+def test_dense_and_sparse_has_the_bits_of_the_scheduler_it_is_matched_to(store, tiny_llama, tmp_path, more):
+    lines = overrides(tiny_llama, store, *more)
+    frame = run(tiny_llama, store, tmp_path, *more)
+    own = frame[frame.scheduler == more[0].partition("=")[2]].set_index("metric")
+    planned = Planner(cell(*lines), Store(store)).cell()
+    summary = read_summary(Store(store).verify(planned.dense_sparse))["metrics"]
+    target = planned.dense_sparse.inputs["evaluation"]
+    [average] = [r for r in read_json(Store(store).verify(target) / "results.json") if r["quantity"] == "average_bits"]
+    assert summary["target_bits"] == pytest.approx(average["value"])
+    read = own.loc["average_bits", "value"]
+    assert read == pytest.approx(2 + summary["outlier_bits"])
+    assert average["value"] - 0.3 < read <= average["value"]  # matrices this small pay for rows' counts
+    assert summary["nominal_outlier_bits"] < summary["outlier_bits"] or read == average["value"] == 2
+    completions = (Store(store).verify(planned.evaluation) / "completions.jsonl").read_text()
+    assert '"schedule": "2:2"' in completions
+    assert own.loc["average_bits_time", "value"] == pytest.approx(read)
+    assert 1 < own.loc["npu_decode_speedup", "value"] < 16 / read
+    assert set(own.prefill_bits) == {2}
+
+
+@pytest.mark.parametrize("hindsight", ["oracle", "oracle_lossless"])
+def test_the_oracle_is_the_best_class_of_every_sample(store, tiny_llama, tmp_path, hindsight):
+    own = run(tiny_llama, store, tmp_path, f"scheduler={hindsight}")
+    cell_ = Planner(cell(*overrides(tiny_llama, store, f"scheduler={hindsight}")), Store(store)).cell()
+    samples, _ = read_samples(Store(store).verify(cell_.evaluation.inputs["prompts"]))
+    inputs = cell_.evaluation.inputs
+    table = read_rollouts(*(Store(store).verify(inputs[name]) for name in ("rollouts", "rollouts_fp16")))
+    classes = [Schedule(4, (2,)), Schedule(4, (4, 2), (3,)), Schedule(4, (4, 2), (6,)), Schedule.uniform(4)]
+
+    def quality(schedule, sample):
+        return rouge_l(table[schedule][sample.id].generations[0].text, sample.references)
+
+    expected = []
+    for sample in samples:
+        of_class = [quality(c, sample) for c in classes]
+        passing = [q for q in of_class if q >= of_class[-1]]
+        expected.append(max(of_class) if hindsight == "oracle" else passing[0])
+    found = own[(own.scheduler == hindsight) & (own.metric == "rouge_l")].value.item()
+    assert found == pytest.approx(100 * sum(expected) / len(expected))
+
+
+def test_the_confidence_scheduler_decodes_what_its_rule_says(store, tiny_llama, tmp_path):
+    more = ["scheduler=confidence", "scheduler.options.first_tokens=2", "scheduler.options.sigmas=0.1"]
+    run(tiny_llama, store, tmp_path, *more)
+    planned = Planner(cell(*overrides(tiny_llama, store, *more)), Store(store)).cell().evaluation
+    samples, prompts = read_samples(Store(store).verify(planned.inputs["prompts"]))
+    nested = Store(store).verify(planned.inputs["decisions"].inputs["nested"])
+    model, precision = load(tiny_llama, nested, RuntimeConfig("float32", "cpu"))
+    rows = [json.loads(line) for line in (Store(store).verify(planned) / "completions.jsonl").read_text().splitlines()]
+    switched = 0
+    for sample, prompt, row in zip(samples, prompts, rows, strict=True):
+        assert row["id"] == sample.id
+        precision.bits = 4
+        ids, bits, sure = list(prompt), 4, []
+        for token in row["generations"][0]["token_ids"]:
+            with torch.no_grad():
+                # Until the switch all of the cache is of 4 bits, so computing it again is the definition.
+                logits = model(torch.tensor([ids])).logits[0, -1]
+            assert int(logits.argmax()) == token
+            sure.append(float(logits.double().softmax(-1).max()))
+            if len(sure) > 2 and sure[-1] > statistics.fmean(sure[:2]) + 0.1 * statistics.stdev(sure[:2]):
+                bits = 2
+                break
+            ids.append(token)
+        expected = "4:2" if bits == 2 and len(sure) == 1 else f"4:4@{len(sure) - 1},2" if bits == 2 else "4:4"
+        found = Schedule.parse(row["generations"][0]["schedule"])
+        tokens = len(row["generations"][0]["token_ids"])
+        assert found.bits_of(tokens) == Schedule.parse(expected).bits_of(tokens)
+        switched += bits == 2
+    assert switched, "no sample switched: this test shows nothing"
+
+
+def test_a_killed_decision_goes_on_and_draws_alike(store, tiny_llama, tmp_path, two_turns):
+    lines = overrides(
+        tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", "scheduler=random"
+    )
+    config = cell(*lines, "budget.batch_size=2")
+    run_cell(config, tmp_path / "out")
+    node = Planner(config, Store(store)).cell().evaluation.inputs["decisions"]
+    inputs = {n: Store(store).verify(i) if isinstance(i, Node) else i.locate() for n, i in node.inputs.items()}
+    whole = (Store(store).verify(node) / "completions.jsonl").read_text()
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(Store(store).verify(node) / "batch_00000.jsonl", again)
+    execute(node, inputs, again)
+    assert (again / "completions.jsonl").read_text() == whole
+
+
 def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
     for path in store.glob("evaluate/*/artifact.json"):
-        if json.loads(path.read_text())["config"]["scheduler"] not in ("static", "learned"):
+        config = json.loads(path.read_text())["config"]
+        fitted = config["schedule"] is None and config["curve"][0] == "4:4@0,2"  # not given, and of two precisions
+        if config["scheduler"] not in ("static", "learned") or not fitted:
             continue
         for line in (path.parent / "completions.jsonl").read_text().splitlines():
             for generation in json.loads(line)["generations"]:
@@ -123,24 +223,48 @@ def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
         ["scheduler=static", "scheduler.switch_step=2"],
         ["scheduler=static", "model.middle_bits=[3]"],
         ["scheduler=learned", "model.middle_bits=[3]"],
+        ["scheduler=static", "model.middle_bits=[3]", "scheduler.switch_steps=[2,5]"],
+        ["scheduler=static", "scheduler.grid_parts=6"],
+        ["scheduler=learned", "scheduler.grid_parts=4", "scheduler.prefill_bits=16"],
+        ["scheduler=learned_activations"],
+        ["scheduler=learned_statistics"],
+        ["scheduler=learned_both"],
+        ["scheduler=random"],
+        ["scheduler=random_prior", "model.middle_bits=[3]"],
+        ["scheduler=confidence", "scheduler.options.first_tokens=3"],
+        ["scheduler=oracle"],
+        ["scheduler=oracle_lossless", "task=iwslt", "task.metrics=[bleu,sacrebleu]"],
+        ["scheduler=first_half"],
+        ["scheduler=middle_third"],
+        ["scheduler=low_after_fp16"],
+        ["scheduler=high_after_low"],
         ["scheduler=high", "quantizer.group_size=32"],
         ["scheduler=static", "quantizer=joint"],
-        ["scheduler=high", "quantizer=joint", "quantizer.high_share=0", "quantizer.group_size=32"],
+        ["scheduler=high", "quantizer=joint", "quantizer.outlier_share=0.01", "quantizer.group_size=32"],
+        ["scheduler=static", "quantizer.tuning_steps=2"],
     ],
     ids=" ".join,
 )
 def test_other_tasks_and_settings_run_whole(store, tiny_llama, tmp_path, more):
     chosen = {m.partition("=")[0] for m in more}
     lines = [o for o in overrides(tiny_llama, store) if o.partition("=")[0] not in chosen]
-    run_cell(cell(*lines, *more), tmp_path, "0")
+    run_cell(cell(*lines, *more), tmp_path)
     frame = pd.read_csv(tmp_path / "results.csv")
     scheduler = next(m.partition("=")[2] for m in more if m.startswith("scheduler="))
     own = frame[frame.scheduler == scheduler].set_index("metric")
     assert 2 <= own.loc["average_bits", "value"] <= 4
     if "scheduler.switch_step=2" in more:
         assert own.loc["average_bits", "value"] == pytest.approx((2 * 4 + 6 * 2) / 8)
-    if "scheduler.prefill_bits=16" in more:
-        assert set(own.prefill_bits) == {16}
+    if "scheduler.switch_steps=[2,5]" in more:
+        assert own.loc["average_bits", "value"] == pytest.approx((2 * 4 + 3 * 3 + 3 * 2) / 8)
+    if scheduler in ("first_half", "middle_third"):
+        assert own.loc["average_bits", "value"] == pytest.approx(
+            {"first_half": 3, "middle_third": 2 + 2 * 3 / 8}[scheduler]
+        )
+    prefill = {"low_after_fp16": 16, "high_after_low": 2}.get(
+        scheduler, 16 if "scheduler.prefill_bits=16" in more else 4
+    )
+    assert set(own.prefill_bits) == {prefill}
 
 
 @pytest.fixture
@@ -159,7 +283,7 @@ def two_turns(tmp_path) -> Path:
 def test_each_policy_keeps_its_own_first_answer(store, tiny_llama, tmp_path, two_turns, more):
     lines = overrides(tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", *more)
     config = cell(*lines)
-    run_cell(config, tmp_path / "out", "0")
+    run_cell(config, tmp_path / "out")
     planned = Planner(config, Store(store)).cell().evaluation
     prompter = load_prompter(tiny_llama, config.model.prompt, False)
     samples, _ = read_samples(Store(store).verify(planned.inputs["prompts"]))
@@ -249,7 +373,7 @@ def test_the_npu_report_needs_no_store_and_no_cell_can_be_run_for_it(tmp_path, m
     assert set(frame.hardware) == {"npu_16k", "npu_4k", "flightllm_vhk158"}
     assert [p.name for p in tmp_path.iterdir()] == ["npu"]
     with pytest.raises(ConfigError, match=r"report=npu: no cell to run; .*pipelines/report\.py"):
-        run_cell(cell("experiment=npu"), tmp_path, "0")
+        run_cell(cell("experiment=npu"), tmp_path)
     with pytest.raises(ConfigError, match=r"hardware\.bandwidth_bytes_s=0\.0"):
         report(["experiment=npu", "hardware.bandwidth_bytes_s=0"], tmp_path / "none")
 
@@ -277,7 +401,7 @@ def test_bad_input_is_refused_before_anything_expensive(tiny_llama, tmp_path, mo
     changed = {m.partition("=")[0] for m in more}
     kept = [line for line in lines if line.partition("=")[0] not in changed]
     with pytest.raises(error, match=said):
-        run_cell(cell(*kept, *more), tmp_path / "out", "0")
+        run_cell(cell(*kept, *more), tmp_path / "out")
     assert not list((tmp_path / "store").glob("sensitivity/*/artifact.json"))
 
 
@@ -285,7 +409,7 @@ def test_everything_that_is_missing_is_named_at_once(tiny_llama, tmp_path):
     lines = [o for o in overrides(tiny_llama, tmp_path / "store", "scheduler=static") if "metrics" not in o]
     missing = ("model.path=/no/such/model", "data.root=/nowhere", "budget.bertscore_encoder=package:no_such")
     with pytest.raises(PreflightError) as refusal:
-        run_cell(cell(*(o for o in lines if "model.path" not in o), *missing), tmp_path / "out", "0")
+        run_cell(cell(*(o for o in lines if "model.path" not in o), *missing), tmp_path / "out")
     said = str(refusal.value)
     assert all(value.partition("=")[2] in said for value in missing)
     assert "model.path" in said
@@ -298,7 +422,7 @@ def test_a_second_turn_that_outgrows_the_context_is_named_by_its_sample(store, t
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     lines = overrides(tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples")
     with pytest.raises(ValueError, match=rf"turn 2 of sample {rows[1]['prompt_id']}\b.*task.max_new_tokens"):
-        run_cell(cell(*lines, "scheduler=high"), tmp_path / "out", "0")
+        run_cell(cell(*lines, "scheduler=high"), tmp_path / "out")
 
 
 def identical(one: Path, two: Path) -> int:

@@ -8,9 +8,12 @@ import pytest
 from pmpd.report import (
     COLUMNS,
     CellRecord,
+    category_table,
+    draw_cells,
     draw_perplexity,
     draw_quality,
     draw_switch_steps,
+    failures_line,
     markdown_table,
     summary_table,
     tidy,
@@ -74,11 +77,42 @@ def test_a_quantity_that_was_not_measured_is_a_dash_not_a_zero():
     assert static.count(" - ") == 1
 
 
-@pytest.mark.parametrize("name", ["quality", "perplexity", "switch"])
+def test_average_bits_by_token_and_time_stand_beside_those_by_sequence():
+    one = dataclasses.replace(record(), results=[*record().results, row("average_bits_time", 3.25)])
+    header, _, line = summary_table([one]).splitlines()
+    assert "by time" in header
+    assert "by token" not in header
+    assert "3.25" in line
+
+
+def test_categories_have_a_row_each_with_their_own_n():
+    results = [
+        *record().results,
+        row("rouge_l of math", 5.0) | {"n": 3},
+        row("rouge_l of math minus high", -1.0) | {"n": 3},
+        row("rouge_l of writing", 7.0) | {"n": 5},
+    ]
+    lines = category_table([dataclasses.replace(record(), results=results)]).splitlines()
+    assert [[c.strip() for c in line.split("|")[1:-1]] for line in lines[2:]] == [
+        ["math", "3", "static", "5.0 [4.0, 6.0]", "-1.0 [-2.0, +0.0]"],
+        ["writing", "5", "static", "7.0 [6.0, 8.0]", "-"],
+    ]
+    assert category_table([record()]) == ""
+
+
+def test_failures_are_counted_where_there_are_any():
+    assert failures_line([record()]) == "Counted: no cut prompt, no cut or empty answer."
+    failed = dataclasses.replace(record(), results=[row("unended_answers", 2), row("empty_answers", 0)])
+    assert failures_line([failed]) == "Counted: static: 2 of 8 answers cut off by max_new_tokens."
+
+
+@pytest.mark.parametrize("name", ["quality", "perplexity", "switch", "cells"])
 def test_figures_are_written_as_png_and_pdf(tmp_path, name):
     path = tmp_path / f"{name}.png"
     if name == "quality":
         draw_quality([record(), record("fp16", 16.0), record("low", 3.0, 6.0)], path)
+    elif name == "cells":
+        draw_cells([record(f"s{k}", 3.0 + k / 20) for k in range(12)], path)
     elif name == "perplexity":
         draw_perplexity(record().perplexity_curve, 0.05, "m", path)
     else:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pmpd.records import Prefill, class_schedules
 from pmpd.schedulers import KVPooler, Learned, LearnedNetwork, load_network, save_network
 
 
-def network(seed: int = 0, **shape: int) -> LearnedNetwork:
+def network(seed: int = 0, **shape: Any) -> LearnedNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LearnedNetwork(**{"kv_heads": 2, "head_dim": 8, "num_classes": 4} | shape).eval()
@@ -44,6 +45,27 @@ def test_padding_changes_nothing() -> None:
     mask = torch.arange(8)[None] < 5
     torch.testing.assert_close(net(*padded, mask), net(keys, values), rtol=0, atol=1e-5)
     assert not torch.allclose(net(*padded), net(keys, values), atol=1e-3)
+
+
+def test_statistics_are_those_of_all_positions_and_channels_at_once() -> None:
+    hidden = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # blocks, length
+    activations = torch.stack([hidden.mean(1), hidden.var(1, correction=0)], 1)[None].float()
+    net = network(features=["all_statistics"], num_layers=3, hidden_size=16)
+    seen: list[Tensor] = []
+    net.norms["all_statistics"].register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    net(*kv(5), activations=activations)
+    mean, variance = hidden.flatten(1).mean(1), hidden.flatten(1).var(1, correction=0)
+    torch.testing.assert_close(seen[0][0].double(), torch.cat([mean, variance.log()]), rtol=0, atol=1e-4)
+
+
+def test_activations_that_are_missing_or_another_models_are_refused() -> None:
+    net = network(features=["kv", "last_mean"], num_layers=3, hidden_size=16)
+    assert Learned(net, 4, class_schedules(4, (4, 3), 30)).reads_activations
+    for activations in (None, torch.zeros(1, 2, 2, 16)):
+        with pytest.raises(ValueError, match=r"activations are .* trained for \(3, 2, 16\)"):
+            net(*kv(5), activations=activations)
+    with pytest.raises(ValueError, match="each once"):
+        network(features=["kv", "kv"])
 
 
 def test_half_precision_features_are_computed_in_float32() -> None:
@@ -121,7 +143,7 @@ def test_tensors_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=r"key_norm\.bias: missing, .*output\.weight: \[3, 32\], expected \[4, 32\]"):
         load_network(path)
-    metadata["format"] = "2"
+    metadata["format"] = "1"
     save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+    with pytest.raises(ValueError, match="format 1, this version reads 2"):
         load_network(path)

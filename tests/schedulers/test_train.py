@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pmpd.records import Prefill, class_schedules
-from pmpd.schedulers import Learned, train
+from pmpd.schedulers import Features, Learned, train
 from pmpd.schedulers.train import balanced_order, pad
 
 SETTINGS: dict[str, Any] = {
@@ -22,7 +21,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def make_data(n: int = 150, num_classes: int = 3, seed: int = 0) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+def make_data(n: int = 150, num_classes: int = 3, seed: int = 0) -> tuple[list[Features], list[int]]:
     """One position of each sequence is marked in its keys; its values say the class. Lengths and classes differ."""
     generator = torch.Generator().manual_seed(seed)
     features, labels = [], []
@@ -34,7 +33,7 @@ def make_data(n: int = 150, num_classes: int = 3, seed: int = 0) -> tuple[list[t
         keys[:, where] = 30.0 * torch.tensor([1, -1, 1, -1, 1, -1, 1, -1])
         values[:, where] = 0
         values[:, where, label] = 60
-        features.append((keys.half(), values.half()))
+        features.append(Features(keys.half(), values.half()))
         labels.append(label)
     return features, labels
 
@@ -49,9 +48,29 @@ def test_what_can_be_learned_is_learned() -> None:
     assert report.num_parameters == sum(p.numel() for p in network.parameters())
     fresh, truth = make_data(100, seed=1)
     scheduler = Learned(network, 4, class_schedules(4, (4, 3), 9, parts=2))
-    said = [scheduler.begin(Prefill(k, v, torch.zeros(1), 9)).schedule for k, v in fresh]
+    said = [scheduler.begin(Prefill(f.keys, f.values, torch.zeros(1), 9)).schedule for f in fresh]
     right = sum(scheduler.classes[t] == s for t, s in zip(truth, said, strict=True))
     assert right >= 85
+
+
+@pytest.mark.parametrize("feature", ["last_mean", "all_statistics"])
+def test_what_only_activations_say_is_learned_from_them(feature: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    features, labels = [], []
+    for _ in range(200):
+        label = int(torch.randint(2, (), generator=generator))
+        activations = torch.rand(3, 2, 16, generator=generator)
+        if feature == "last_mean":
+            activations[-1, 0, label] += 3
+        else:
+            activations[label, 1] += 3  # the variance of one block or another
+        features.append(Features(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8), activations))
+        labels.append(label)
+    network, report = train(features, labels, 2, inputs=[feature], **SETTINGS)
+    assert network.reads_activations
+    assert report.holdout_accuracy >= 0.9
+    assert report.holdout_loss < 0.5
+    assert train(features, labels, 2, inputs=["kv"], **SETTINGS)[1].holdout_accuracy < 0.8
 
 
 def test_noise_is_not_reported_as_learned() -> None:
@@ -69,7 +88,7 @@ def test_the_report_counts_the_held_out_samples_as_they_fall() -> None:
     assert [sum(row) for row in report.confusion] == [truth[k] for k in range(3)]
     assert report.holdout_accuracy == pytest.approx(sum(report.confusion[k][k] for k in range(3)) / 30)
     assert report.majority_accuracy == pytest.approx(truth[0] / 30)
-    said = [int(network(features[i][0][None], features[i][1][None]).argmax()) for i in report.holdout]
+    said = [int(network(features[i].keys[None], features[i].values[None]).argmax()) for i in report.holdout]
     assert report.holdout_accuracy == pytest.approx(
         sum(labels[i] == k for i, k in zip(report.holdout, said, strict=True)) / 30
     )
@@ -79,7 +98,7 @@ def test_held_out_samples_do_not_reach_training() -> None:
     features, labels = make_data(60)
     first, report = train(features, labels, 3, **SETTINGS)
     for i in report.holdout:
-        features[i] = (torch.full_like(features[i][0], 7), torch.full_like(features[i][1], -7))
+        features[i] = Features(torch.full_like(features[i].keys, 7), torch.full_like(features[i].values, -7))
     second, _ = train(features, labels, 3, **SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -115,11 +134,12 @@ def test_balancing_shows_every_class_as_often() -> None:
 
 
 def test_padding_puts_zeros_at_the_end() -> None:
-    features = [(torch.full((2, n, 8), 1.0 + n), torch.full((2, n, 8), -1.0)) for n in (3, 5)]
-    keys, values, mask = pad(features)
+    features = [Features(torch.full((2, n, 8), 1.0 + n), torch.full((2, n, 8), -1.0)) for n in (3, 5)]
+    keys, values, mask, activations = pad(features)
+    assert activations is None
     assert keys.shape == values.shape == (2, 2, 5, 8)
     assert mask.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
-    assert torch.equal(keys[0, :, :3], features[0][0])
+    assert torch.equal(keys[0, :, :3], features[0].keys)
     assert keys[0, :, 3:].abs().sum() == 0
 
 

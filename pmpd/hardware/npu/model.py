@@ -81,7 +81,7 @@ def decode_steps_s(
     npu: NPU,
     architecture: Architecture,
     prompt_tokens: ArrayLike,
-    decode_bits: Sequence[int],
+    decode_bits: Sequence[float],
     weights: StoredWeights = ANY_WEIGHTS,
     batch: ArrayLike = 1,
 ) -> Array:
