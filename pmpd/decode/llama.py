@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pmpd.decode.cache import BufferCache
-from pmpd.quant import NestedLinear, NestedWeight, PrecisionCell
+from pmpd.quant import NestedLinear, NestedWeight, Outliers, PrecisionCell
 
 FAMILY = ("llama", "mistral", "qwen2")
 """``model_type`` of the models whose blocks compute what :class:`FusedBlock` does (Vicuna, MobileLLaMA and SmolLM2 are
@@ -232,6 +232,7 @@ def _join(layers: Sequence[nn.Module], cell: PrecisionCell | None) -> nn.Module:
         {bits: _rows([part.centroids[bits] for part in parts]) for bits in one.centroids},
         one.in_features,
         one.group_size,
+        None if one.outliers is None else Outliers.stacked([part.outliers for part in parts if part.outliers]),
     )
     if joined is None:
         return NestedLinear.without_original(nested, bias, first.anchor.dtype, cell)

@@ -59,6 +59,15 @@ def test_the_products_kernels_compile_without_a_device(choices: tuple[int, ...],
     assert nvrtc.cubin(source, options, architecture)[:4] == b"\x7fELF"
 
 
+def test_the_joint_quantisers_kernels_compile_without_a_device() -> None:
+    try:
+        nvrtc.nvrtc_version()
+    except RuntimeError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+    source = resources.files("pmpd.quant").joinpath("joint_steps.cu").read_text()
+    assert nvrtc.cubin(source, (), "sm_80")[:4] == b"\x7fELF"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_compiling_is_refused() -> None:
     with pytest.raises(CudaUnavailableError, match="CUDA device"):
