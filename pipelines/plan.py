@@ -36,9 +36,14 @@ from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS, model_input
 from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT, QuantizeConfig, QuantizeJointConfig
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
+from pmpd.stages.tuning import TUNE_TABLES, TuneTablesConfig
 
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
+
+
+TUNING_BATCH = 4
+"""Calibration windows of a tuning step."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Planner:
             data=self.texts_data,
         )
         self.runtime = RuntimeConfig(config.model.dtype.value, device_type(config), config.model.trust_remote_code)
-        self.nested = self._nested(self.calibration)
+        self.nested = self._tuned(self._nested())
         self.search = SEARCH.node(
             SearchConfig(
                 seed_bits=quantizer.seed_bits,
@@ -133,7 +138,7 @@ class Planner:
         config = SensitivityConfig(self.runtime.differentiable())
         return SENSITIVITY.node(config, model=self.model, texts=self.calibration)
 
-    def _nested(self, calibration: Node) -> Node:
+    def _nested(self) -> Node:
         """The quantised model, and what its quantiser weights errors by."""
         quantizer, trust = self.config.quantizer, self.config.model.trust_remote_code
         differentiable = self.runtime.differentiable()
@@ -146,7 +151,7 @@ class Planner:
                     sensitivity=self.sensitivity(),
                 )
             case QuantizerKind.joint:
-                moments = MOMENTS.node(MomentsConfig(differentiable), model=self.model, texts=calibration)
+                moments = MOMENTS.node(MomentsConfig(differentiable), model=self.model, texts=self.calibration)
                 return QUANTIZE_JOINT.node(
                     QuantizeJointConfig(
                         *common,
@@ -155,12 +160,31 @@ class Planner:
                         damping=quantizer.damping,
                         refits=quantizer.refits,
                         sweeps=quantizer.sweeps,
+                        outlier_share=quantizer.outlier_share,
                         device=self.runtime.device,
                         trust_remote_code=trust,
                     ),
                     model=self.model,
                     moments=moments,
                 )
+
+    def _tuned(self, nested: Node) -> Node:
+        """``nested`` with its low precisions' tables tuned, if that is asked for."""
+        quantizer = self.config.quantizer
+        if not quantizer.tuning_steps:
+            return nested
+        return TUNE_TABLES.node(
+            TuneTablesConfig(
+                bits=list(range(quantizer.seed_bits, min(quantizer.tuning_bits, quantizer.parent_bits) + 1)),
+                steps=quantizer.tuning_steps,
+                rate=quantizer.tuning_rate,
+                batch_size=TUNING_BATCH,
+                runtime=self.runtime.differentiable(),
+            ),
+            model=self.model,
+            nested=nested,
+            texts=self.calibration,
+        )
 
     def precisions(self) -> Precisions:
         """The cell's precisions: given, or what the search found.

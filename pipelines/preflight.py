@@ -98,7 +98,8 @@ def check_disk(planner: Planner) -> None:
     parameters = sum(f.stat().st_size / BYTES_PER_WEIGHT[f.suffix] for f in weights)
     nested = 1.25 * planner.config.quantizer.parent_bits / 8
     # Second moments are in x in float32 a layer: about 5 bytes a weight where layers are near square.
-    bytes_each = {"weights": 2.0, "sensitivity": 2.0, "moments": 5.0, "quantize": nested, "quantize_joint": nested}
+    bytes_each = {"weights": 2.0, "sensitivity": 2.0, "moments": 5.0}
+    bytes_each |= dict.fromkeys(("quantize", "quantize_joint", "tune_tables"), nested)
     needed_gib = parameters * sum(v for stage, v in bytes_each.items() if stage in todo) / 2**30 + 0.1
     free_gib = shutil.disk_usage(store.root).free / 2**30
     if needed_gib > free_gib:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import NoReturn
 
-from pmpd.config.schema import Config, Level, Metric, SchedulerKind, TaskKind
+from pmpd.config.schema import Config, Level, Metric, QuantizerKind, SchedulerKind, TaskKind
 from pmpd.records import FP16_BITS, switch_grid
 
 UNIFORM = (SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low)
@@ -91,13 +91,21 @@ def _check_quantizer(config: Config) -> None:
         _refuse("quantizer.parent_bits", quantizer.parent_bits, f"seed_bits ({quantizer.seed_bits}) to 8")
     if quantizer.group_size is not None and (quantizer.group_size < 32 or quantizer.group_size % 32):
         _refuse("quantizer.group_size", quantizer.group_size, "null, or a multiple of 32")
-    if not 0 <= quantizer.high_share <= 1:
-        _refuse("quantizer.high_share", quantizer.high_share, "0 to 1")
+    if not 0 < quantizer.high_share <= 1:
+        _refuse("quantizer.high_share", quantizer.high_share, "more than 0, at most 1")
     if not quantizer.damping > 0:
         _refuse("quantizer.damping", quantizer.damping, "more than 0: a second moment may be rank-deficient")
-    for name, steps in (("refits", quantizer.refits), ("sweeps", quantizer.sweeps)):
-        if steps < 0:
-            _refuse(f"quantizer.{name}", steps, "0 or more")
+    if quantizer.outlier_share and quantizer.kind is not QuantizerKind.joint:
+        _refuse("quantizer.outlier_share", quantizer.outlier_share, "0 with quantizer=anyprec; quantizer=joint has it")
+    if not 0 <= quantizer.outlier_share <= 0.1:
+        _refuse("quantizer.outlier_share", quantizer.outlier_share, "0 to 0.1")
+    if not quantizer.tuning_rate > 0:
+        _refuse("quantizer.tuning_rate", quantizer.tuning_rate, "more than 0")
+    if quantizer.tuning_steps and quantizer.tuning_bits < quantizer.seed_bits:
+        _refuse("quantizer.tuning_bits", quantizer.tuning_bits, f"seed_bits ({quantizer.seed_bits}) or more")
+    for name in ("refits", "sweeps", "tuning_steps"):
+        if getattr(quantizer, name) < 0:
+            _refuse(f"quantizer.{name}", getattr(quantizer, name), "0 or more")
 
 
 def _check_precisions(config: Config) -> None:

@@ -191,10 +191,14 @@ class QuantizerConfig:
     kind: QuantizerKind = MISSING
     solver: Solver = Solver.exact
     focus_bits: int = 4
-    high_share: float = 0.0
+    high_share: float = 0.25
     damping: float = 0.01
-    refits: int = 6
+    refits: int = 3
     sweeps: int = 2
+    outlier_share: float = 0.0
+    tuning_steps: int = 0
+    tuning_bits: int = 4
+    tuning_rate: float = 0.003
 
 
 @dataclass

@@ -40,6 +40,8 @@ def fastest(
     if device.type != "cuda":
         return nn.Module.to(model, device), cell, CPU_FORWARD
     reason = not_fusable(model.config) or no_step(model.config, next(model.parameters()).dtype)
+    if cell is not None and any(layer.has_outliers for layer in cell.layers):
+        reason = "its layers have outliers, which the kernels do not add"
     if reason is None:
         model, cell = fuse(model, cell)  # before it moves: packed for the device, weights can no longer be joined
     else:

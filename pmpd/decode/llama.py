@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pmpd.decode.cache import BufferCache
 from pmpd.kernels.gated import TURN, gated, in_turns
-from pmpd.quant import NestedLinear, NestedWeight, PrecisionCell
+from pmpd.quant import NestedLinear, NestedWeight, Outliers, PrecisionCell
 
 FAMILY = ("llama", "mistral", "qwen2")
 """``model_type`` of the models whose blocks compute what :class:`FusedBlock` does (Vicuna, MobileLLaMA and SmolLM2 are
@@ -237,11 +237,13 @@ def _join(layers: Sequence[nn.Module], cell: PrecisionCell | None, join: Callabl
     parts = [layer.nested for layer in layers if isinstance(layer, NestedLinear) and layer.nested is not None]
     assert len(parts) == len(layers), "layers are joined before they are packed"
     one = parts[0]
+    order = joined(torch.arange(sum(part.out_features for part in parts)).split([part.out_features for part in parts]))
     nested = NestedWeight(
         joined([part.planes for part in parts], dim=1),
         {bits: joined([part.centroids[bits] for part in parts]) for bits in one.centroids},
         one.in_features,
         one.group_size,
+        None if one.outliers is None else Outliers.stacked([p.outliers for p in parts if p.outliers]).rows(order),
     )
     if original is None:
         return NestedLinear.without_original(nested, bias, first.anchor.dtype, cell)

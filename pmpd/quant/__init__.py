@@ -6,7 +6,8 @@ from pmpd.quant.linear import NestedLinear, PrecisionCell
 from pmpd.quant.moments import accumulate_moments
 from pmpd.quant.nested import NestedWeight, quantize_weight
 from pmpd.quant.sensitivity import accumulate
-from pmpd.quant.sparse import Outliers
+from pmpd.quant.sparse import Outliers, highest, take_outliers
+from pmpd.quant.tuning import tune_tables
 
 __all__ = [
     "JointOptions",
@@ -16,7 +17,10 @@ __all__ = [
     "PrecisionCell",
     "accumulate",
     "accumulate_moments",
+    "highest",
     "quantize_dense_sparse",
     "quantize_jointly",
     "quantize_weight",
+    "take_outliers",
+    "tune_tables",
 ]

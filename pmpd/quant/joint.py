@@ -3,31 +3,30 @@
 It knows a weight matrix and the second moment of its inputs, not where they come from; ``nested`` is the format.
 
 The loss of a row w at precision b is ``(w - q_b) H (w - q_b)^T`` with H the (gradient-weighted) second moment of the
-layer's inputs, and q_b the values that the first b bits of the codes select in that precision's table. A *stage* is a
-set of precisions whose bits are chosen together, so as to minimise the sum over them of each one's loss over its loss
-at the start; bits that an earlier stage chose are kept. Each stage
+layer's inputs, and q_b the values that the first b bits of the codes select in that precision's table. The codes of
+all precisions are chosen together, so as to minimise the sum over precisions of each one's loss over its loss at the
+start, those above ``focus_bits`` counting less. From exact k-means on, the columns are
 
-1. *assigns* the columns in turn, those with most energy first, each precision's own error fed back into the columns
-   still to come (optimal brain surgeon, Hassibi and Stork 1993; its column order as in GPTQ, Frantar et al. 2023);
-2. *refits* each precision's tables to its labels (conjugate gradients on the normal equations);
-3. *descends* over the codes, a column at a time with everything else fixed, and refits again.
+1. *assigned* in turn, those with most energy first, each precision's own error fed back into the columns still to
+   come (optimal brain surgeon, Hassibi and Stork 1993; its column order as in GPTQ, Frantar et al. 2023);
+2. each precision's tables are *refitted* to their labels (conjugate gradients on the normal equations);
+3. the codes *descend*, a column at a time with everything else fixed, and tables are refitted again.
 
 Steps 2 and 3 never raise the loss. All rows of a layer move together, on the device of the tensors, in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pmpd.quant import joint_cpu, joint_torch, kmeans
+from pmpd.quant import joint_cpu, joint_cuda, joint_start, joint_torch
 from pmpd.quant.nested import MAX_BITS, NestedWeight, pack
+from pmpd.quant.sparse import Outliers, highest, take_outliers
 
 BLOCK_COLUMNS = 64
 """Columns between two updates of all the columns to come: those within a block are updated one by one."""
@@ -35,24 +34,30 @@ BLOCK_COLUMNS = 64
 LEAST_LOSS = 1e-9
 """Least scale of a loss, relative to the row's energy: a row that a precision hits exactly does not outweigh others."""
 
+CLIP = 3.0
+"""Deviations of a row beyond which a weight has no say in where clusters for the choice of outliers are."""
+
 
 @dataclass(frozen=True)
 class JointOptions:
     """How hard to search.
 
     Attributes:
-        focus_bits: precisions above this one count ``high_share`` of the others.
-        high_share: 0: they are not chosen together with the others, but bit after bit afterwards.
+        focus_bits: precisions up to this one count the same.
+        high_share: each further bit counts this share of the bit before: what the codes lose at 5 to 8 bits, where
+            there is little to lose, they gain below.
         damping: share of H's mean diagonal that is added to it.
         refits: conjugate-gradient steps of a refit.
         sweeps: descents over the codes.
+        outlier_share: share of the weights that a sparse float16 term takes.
     """
 
     focus_bits: int = 4
-    high_share: float = 0.0
+    high_share: float = 0.25
     damping: float = 0.01
-    refits: int = 6
+    refits: int = 3
     sweeps: int = 2
+    outlier_share: float = 0.0
 
 
 def quantize_jointly(
@@ -82,11 +87,37 @@ def quantize_jointly(
         raise ValueError("weight and moment must be finite")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size must be >= 1 or None, got {group_size}")
-    solver = Joint(weight.float(), damped(moment.float(), options.damping), group_size)
-    last = parent_bits if options.high_share else min(max(options.focus_bits, seed_bits), parent_bits)
-    for stage in (range(seed_bits, last + 1), *([b] for b in range(last + 1, parent_bits + 1))):
-        solver.run(list(stage), options)
-    return solver.result(parent_bits)
+    if not 0 < options.high_share <= 1:
+        raise ValueError(f"high_share must be above 0 and at most 1, got {options.high_share}")
+    weight, moment = weight.float(), damped(moment.float(), options.damping)
+    outliers = None
+    if options.outlier_share:
+        weight, outliers = set_aside(weight, moment.diagonal(), options.outlier_share, seed_bits, group_size)
+    solver = Joint(weight, moment, range(seed_bits, parent_bits + 1), group_size, options)
+    solver.assign()
+    solver.refit(options.refits)
+    for _ in range(options.sweeps):
+        solver.descend()
+        solver.refit(options.refits)
+    return solver.result(outliers)
+
+
+def set_aside(
+    weight: Tensor, energy: Tensor, share: float, bits: int, group_size: int | None
+) -> tuple[Tensor, Outliers]:
+    """What is left to quantise, and the sparse term taken off it: where k-means of ``bits`` bits would lose most.
+
+    What is left there is the value of the cluster, which every precision has near. The clusters are of rows clipped at
+    ``CLIP`` deviations: else a weight far off takes one for itself and loses nothing.
+    """
+    middle, far = weight.mean(1, keepdim=True), CLIP * weight.std(1, keepdim=True)
+    clipped = weight.clamp(middle - far, middle + far)
+    codes, tables = joint_start.clusters(clipped, energy, range(bits, bits + 1), group_size)
+    group_of = torch.arange(weight.shape[1], device=weight.device) // (group_size or weight.shape[1])
+    near = tables[bits].flatten(1).gather(1, codes + (group_of << bits))
+    chosen = highest(energy * (weight - near).square(), round(share * weight.numel()))
+    outliers = take_outliers(weight, near, chosen)
+    return weight.index_put(outliers.places(), -outliers.values.to(weight.dtype), accumulate=True), outliers
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
@@ -101,57 +132,34 @@ def damped(moment: Tensor, damping: float) -> Tensor:
     return (moment + moment.T) / (2 * scale) + damping * ridge
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Precisions whose bits are chosen together.
-
-    Attributes:
-        prefix: int64 ``[out, in]``, the codes of earlier stages, of ``below`` bits.
-        costs: float32 ``[precisions, out]``, what a unit of each loss counts.
-    """
-
-    bits: tuple[int, ...]
-    prefix: Tensor
-    below: int
-    costs: Tensor
-
-
 class Joint:
-    """The state of one layer: codes at the bits chosen so far, and a table for each precision.
+    """The state of one layer, columns in the order of falling energy.
 
     Attributes:
-        codes: int64 ``[out, in]``, ``bits`` bits each; columns are in the order of falling energy.
-        tables: for each precision b chosen so far, float32 ``[out, groups, 2**b]``.
+        codes: int64 ``[out, in]``, of the highest precision.
+        tables: for each precision b, float32 ``[out, groups, 2**b]``.
+        costs: float32 ``[precisions, out]``, what a unit of each precision's loss counts.
     """
 
-    def __init__(self, weight: Tensor, moment: Tensor, group_size: int | None) -> None:
+    def __init__(
+        self, weight: Tensor, moment: Tensor, precisions: range, group_size: int | None, options: JointOptions
+    ) -> None:
+        """At the start: exact k-means."""
+        codes, self.tables = joint_start.clusters(weight, moment.diagonal(), precisions, group_size)
         self.order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+        self.codes = codes[:, self.order].contiguous()
         self.weight = weight[:, self.order].contiguous()
         self.moment = moment[self.order][:, self.order].contiguous()
-        self.group_size = group_size
-        columns = group_size or weight.shape[1]
-        self.group_of = self.order // columns
-        self.num_groups = -(-weight.shape[1] // columns)
+        self.precisions, self.group_size = precisions, group_size
+        self.group_of = self.order // (group_size or weight.shape[1])
+        self.num_groups = self.tables[precisions[0]].shape[1]
         # With H^-1 = U^T U, fixing column j at an error e costs (e / U_jj)^2 and moves column k > j by -e U_jk / U_jj.
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.moment.double()))
         self.feedback = torch.linalg.cholesky(inverse, upper=True).float()
-        self.bits = 0
-        self.codes = torch.zeros(self.weight.shape, dtype=torch.int64, device=weight.device)
-        self.tables: dict[int, Tensor] = {}
-
-    def run(self, bits: Sequence[int], options: JointOptions) -> None:
-        """Choose the bits of the precisions ``bits``, which go on from those chosen so far."""
-        prefix, below = self.codes, self.bits
-        self._start(bits)
         energy = self.weight.square() @ self.moment.diagonal()
-        scales = torch.stack([self.loss(b).clamp_min(1e-30 + LEAST_LOSS * energy) for b in bits])
-        shares = torch.tensor([1.0 if b <= options.focus_bits else options.high_share for b in bits])
-        stage = Stage(tuple(bits), prefix, below, shares.to(scales.device)[:, None] / scales)
-        self._assign(stage)
-        self._refit(stage, options.refits)
-        for _ in range(options.sweeps):
-            self._descend(stage)
-            self._refit(stage, options.refits)
+        scales = torch.stack([self.loss(b).clamp_min(1e-30 + LEAST_LOSS * energy) for b in precisions])
+        shares = [options.high_share ** max(b - options.focus_bits, 0) for b in precisions]
+        self.costs = torch.tensor(shares, device=weight.device)[:, None] / scales
 
     def values(self, bits: int) -> Tensor:
         """float32 ``[out, in]``, the weight at ``bits``, columns in this state's order."""
@@ -162,75 +170,55 @@ class Joint:
         error = self.weight - self.values(bits)
         return ((error @ self.moment) * error).sum(1)
 
-    def result(self, parent_bits: int) -> NestedWeight:
-        """The packed weight, columns back in their places."""
-        codes = torch.empty_like(self.codes)
-        codes[:, self.order] = self.codes
-        limit = torch.finfo(torch.float16).max
-        return NestedWeight(
-            torch.from_numpy(pack(codes.to("cpu", torch.uint8).numpy(), parent_bits)),
-            {b: t.clamp(-limit, limit).half().cpu() for b, t in self.tables.items()},
-            codes.shape[1],
-            None if self.num_groups == 1 else self.group_size,
-        )
-
-    def _entries(self, bits: int) -> Tensor:
-        """Where in a row's tables of ``bits`` each weight's value is."""
-        return (self.codes >> (self.bits - bits)) + (self.group_of << bits)
-
-    def _start(self, stage: Sequence[int]) -> None:
-        """Codes and tables of plain weighted k-means, within the clusters of the bits chosen so far."""
-        rows, columns = self.weight.shape
-        order = torch.argsort(self.group_of, stable=True)
-        values = self.weight[:, order].cpu().numpy()
-        energy = self.moment.diagonal()[order].expand(rows, columns).cpu().numpy()
-        codes = self.codes[:, order].cpu().numpy()
-        tables = {b: np.empty((rows, self.num_groups, 1 << b)) for b in stage}
-        sizes = torch.bincount(self.group_of, minlength=self.num_groups).tolist()
-        first = 0
-        for group, size in enumerate(sizes):
-            part = slice(first, first + size)
-            first += size
-            codes[:, part], own = _split_clusters(values[:, part], energy[:, part], codes[:, part], self.bits, stage)
-            for b in stage:
-                tables[b][:, group] = own[b]
-        device = self.weight.device
-        self.codes = torch.empty_like(self.codes)
-        self.codes[:, order] = torch.from_numpy(codes).to(device)
-        self.bits = stage[-1]
-        self.tables |= {b: torch.from_numpy(t).float().to(device) for b, t in tables.items()}
-
-    def _assign(self, stage: Stage) -> None:
-        moved = self.weight.expand(len(stage.bits), -1, -1).clone()
+    def assign(self) -> None:
+        """Codes of all columns, with error feedback, under the tables that are there."""
+        moved = self.weight.expand(len(self.precisions), -1, -1).clone()
         for block in self._blocks():
             own = moved[:, :, block].contiguous()
             errors = torch.empty_like(own)
-            _steps(own).assign_block(own, errors, self.feedback[block, block], *self._columns(stage, block))
+            _steps(own).assign_block(own, errors, self.feedback[block, block], *self._columns(block))
             moved[:, :, block.stop :] -= errors @ self.feedback[block, block.stop :]
 
-    def _descend(self, stage: Stage) -> None:
-        values = torch.stack([self.values(b) for b in stage.bits])
+    def descend(self) -> None:
+        """The best code of each column in turn, everything else fixed."""
+        values = torch.stack([self.values(b) for b in self.precisions])
         pull = (self.weight - values) @ self.moment
         for block in self._blocks():
             before = values[:, :, block]
             after, own = before.contiguous(), pull[:, :, block].contiguous()
-            _steps(own).descend_block(after, own, self.moment[block, block], *self._columns(stage, block))
+            _steps(own).descend_block(after, own, self.moment[block, block], *self._columns(block))
             pull -= (after - before) @ self.moment[block]
             values[:, :, block] = after
 
-    def _refit(self, stage: Stage, steps: int) -> None:
+    def result(self, outliers: Outliers | None = None) -> NestedWeight:
+        """The packed weight, columns back in their places, beside the outliers that were set aside."""
+        codes = torch.empty_like(self.codes)
+        codes[:, self.order] = self.codes
+        limit = torch.finfo(torch.float16).max
+        return NestedWeight(
+            pack(codes.to(torch.uint8), self.precisions[-1]).cpu(),
+            {b: t.clamp(-limit, limit).half().cpu() for b, t in self.tables.items()},
+            codes.shape[1],
+            None if self.num_groups == 1 else self.group_size,
+            None if outliers is None else outliers.to("cpu"),
+        )
+
+    def _entries(self, bits: int) -> Tensor:
+        """Where in a row's tables of ``bits`` each weight's value is."""
+        return (self.codes >> (self.precisions[-1] - bits)) + (self.group_of << bits)
+
+    def refit(self, steps: int) -> None:
         """Conjugate gradients, from the tables that are there, on each row's ``A^T H A c = A^T H w``."""
-        for b in stage.bits:
+        for b in self.precisions:
             entries, size = self._entries(b), self.num_groups << b
-            summed = _steps(entries).summed
-            energy = summed(self.moment.diagonal().expand_as(self.weight).contiguous(), entries, size)
+            energy = entry_sums(self.moment.diagonal().expand_as(self.weight).contiguous(), entries, size)
             inverse = torch.where(energy > 0, 1 / energy, 0.0)  # an entry that no weight uses stays
             table = self.tables[b].flatten(1)
-            residual = summed((self.weight - table.gather(1, entries)) @ self.moment, entries, size)
+            residual = entry_sums((self.weight - table.gather(1, entries)) @ self.moment, entries, size)
             direction = inverse * residual
             rate = (residual * direction).sum(1, keepdim=True)
             for _ in range(steps):
-                image = summed(direction.gather(1, entries) @ self.moment, entries, size)
+                image = entry_sums(direction.gather(1, entries) @ self.moment, entries, size)
                 curvature = (direction * image).sum(1, keepdim=True)
                 step = torch.where(curvature > 0, rate / curvature, 0.0)
                 table = table + step * direction
@@ -241,44 +229,20 @@ class Joint:
                 rate = new_rate
             self.tables[b] = table.view_as(self.tables[b])
 
-    def _columns(self, stage: Stage, block: slice) -> tuple[Any, ...]:
+    def _columns(self, block: slice) -> tuple[Any, ...]:
         """What a block's steps need besides their numbers: see ``joint_torch.assign_block``."""
-        tables = torch.cat([self.tables[b] for b in stage.bits], dim=2)
-        offsets = [sum(1 << b for b in stage.bits[:s]) for s in range(len(stage.bits))]
-        groups = self.group_of[block].tolist()
-        codes, prefix = self.codes[:, block], stage.prefix[:, block]
-        return codes, prefix, stage.below, tables, groups, offsets, list(stage.bits), stage.costs
+        tables = torch.cat([self.tables[b] for b in self.precisions], dim=2)
+        return self.codes[:, block], tables, self.group_of[block], self.precisions, self.costs
 
     def _blocks(self) -> list[slice]:
         columns = self.weight.shape[1]
         return [slice(s, min(s + BLOCK_COLUMNS, columns)) for s in range(0, columns, BLOCK_COLUMNS)]
 
 
+def entry_sums(values: Tensor, entries: Tensor, num_entries: int) -> Tensor:
+    """float32 ``[rows, num_entries]``: the sum of each row's ``values`` at its ``entries`` (int64)."""
+    return _steps(values).summed(values, entries, num_entries)
+
+
 def _steps(tensor: Tensor) -> ModuleType:
-    return joint_cpu if tensor.device.type == "cpu" else joint_torch
-
-
-def _split_clusters(
-    values: np.ndarray, energy: np.ndarray, codes: np.ndarray, bits: int, stage: Sequence[int]
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """K-means below the clusters of ``codes`` (``bits`` bits): codes ``[rows, n]`` of the stage's last precision, and
-    the tables ``[rows, 2**b]`` of each."""
-    rows = len(values)
-    if bits == 0:
-        ordered = kmeans.sort_rows(np.ascontiguousarray(values), np.ascontiguousarray(energy))
-        cuts = kmeans.seed_clusters(ordered, 1 << stage[0])
-        rest = stage[1:]
-        tables = {stage[0]: kmeans.centroids(ordered, cuts)}
-    else:
-        order = np.lexsort((values, codes), axis=1).astype(np.int32)
-        weights = np.take_along_axis(energy, order, 1).astype(np.float64)
-        weights = np.maximum(weights / weights.mean(1, keepdims=True), kmeans.WEIGHT_FLOOR)
-        ordered = kmeans.SortedRows(order, np.take_along_axis(values, order, 1).astype(np.float64), weights)
-        places = codes + (np.arange(rows) << bits)[:, None]
-        counts = np.bincount(places.ravel(), minlength=rows << bits).reshape(rows, -1)
-        cuts = np.concatenate([np.zeros((rows, 1), np.int32), counts.cumsum(1, dtype=np.int32)], axis=1)
-        rest, tables = stage, {}
-    for b in rest:
-        cuts = kmeans.split_clusters(ordered, cuts)
-        tables[b] = kmeans.centroids(ordered, cuts)
-    return kmeans.labels(ordered, cuts).astype(np.int64), tables
+    return {"cpu": joint_cpu, "cuda": joint_cuda}.get(tensor.device.type, joint_torch)

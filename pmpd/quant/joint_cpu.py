@@ -30,28 +30,20 @@ def summed(values: Tensor, entries: Tensor, num_entries: int) -> Tensor:
     return torch.from_numpy(_summed(values.numpy(), entries.numpy(), num_entries))
 
 
-def _arrays(
-    codes: Tensor,
-    prefix: Tensor,
-    below: int,
-    tables: Tensor,
-    groups: Sequence[int],
-    offsets: Sequence[int],
-    bits: Sequence[int],
-    costs: Tensor,
-) -> tuple[Any, ...]:
-    whole = (np.asarray(values, np.int64) for values in (groups, offsets, bits))
-    return codes.numpy(), prefix.numpy(), below, tables.numpy(), *whole, costs.numpy()
+def _arrays(codes: Tensor, tables: Tensor, groups: Tensor, bits: Sequence[int], costs: Tensor) -> tuple[Any, ...]:
+    offsets = np.array([(1 << b) - (1 << bits[0]) for b in bits])
+    whole = (groups.numpy(), offsets, np.array(bits))
+    return codes.numpy(), tables.numpy(), *whole, costs.numpy()
 
 
 @njit(cache=True)
-def _nearest(targets, costs, table, offsets, bits, prefix, start, live, live_cost):  # type: ignore[no-untyped-def]
-    """The code of ``bits[-1]`` bits below ``prefix`` of least cost; the first of equals."""
+def _nearest(targets, costs, table, offsets, bits, live, live_cost):  # type: ignore[no-untyped-def]
+    """The code of ``bits[-1]`` bits of least cost; the first of equals."""
     num = len(bits)
     # Greedy: at each precision the nearest entry below the path so far.
     bound = 0.0
-    code = prefix
-    below = start
+    code = 0
+    below = 0
     for s in range(num):
         first = code << (bits[s] - below)
         best = np.inf
@@ -64,10 +56,10 @@ def _nearest(targets, costs, table, offsets, bits, prefix, start, live, live_cos
         below = bits[s]
     best_code = code
     # Everything else that costs less.
-    live[0, 0] = prefix
+    live[0, 0] = 0
     live_cost[0, 0] = 0.0
     count = 1
-    below = start
+    below = 0
     for s in range(num):
         now, then = s % 2, (s + 1) % 2
         width = 1 << (bits[s] - below)
@@ -93,9 +85,9 @@ def _nearest(targets, costs, table, offsets, bits, prefix, start, live, live_cos
 
 
 @njit(parallel=True, cache=True)
-def _assign(moved, errors, feedback, codes, prefix, below, tables, groups, offsets, bits, costs):  # type: ignore[no-untyped-def]
+def _assign(moved, errors, feedback, codes, tables, groups, offsets, bits, costs):  # type: ignore[no-untyped-def]
     num, num_rows, num_columns = moved.shape
-    most = 1 << (bits[-1] - below)
+    most = 1 << bits[-1]
     for r in prange(num_rows):
         live = np.empty((2, most), np.int64)
         live_cost = np.empty((2, most), np.float32)
@@ -105,7 +97,7 @@ def _assign(moved, errors, feedback, codes, prefix, below, tables, groups, offse
             for s in range(num):
                 targets[s] = moved[s, r, j]
             table = tables[r, groups[j]]
-            code = _nearest(targets, own_costs, table, offsets, bits, prefix[r, j], below, live, live_cost)
+            code = _nearest(targets, own_costs, table, offsets, bits, live, live_cost)
             codes[r, j] = code
             for s in range(num):
                 error = (targets[s] - table[offsets[s] + (code >> (bits[-1] - bits[s]))]) / feedback[j, j]
@@ -115,9 +107,9 @@ def _assign(moved, errors, feedback, codes, prefix, below, tables, groups, offse
 
 
 @njit(parallel=True, cache=True)
-def _descend(values, pull, moment, codes, prefix, below, tables, groups, offsets, bits, costs):  # type: ignore[no-untyped-def]
+def _descend(values, pull, moment, codes, tables, groups, offsets, bits, costs):  # type: ignore[no-untyped-def]
     num, num_rows, num_columns = values.shape
-    most = 1 << (bits[-1] - below)
+    most = 1 << bits[-1]
     for r in prange(num_rows):
         live = np.empty((2, most), np.int64)
         live_cost = np.empty((2, most), np.float32)
@@ -127,7 +119,7 @@ def _descend(values, pull, moment, codes, prefix, below, tables, groups, offsets
             for s in range(num):
                 targets[s] = values[s, r, j] + pull[s, r, j] / moment[j, j]
             table = tables[r, groups[j]]
-            code = _nearest(targets, own_costs, table, offsets, bits, prefix[r, j], below, live, live_cost)
+            code = _nearest(targets, own_costs, table, offsets, bits, live, live_cost)
             if code != codes[r, j]:
                 codes[r, j] = code
                 for s in range(num):

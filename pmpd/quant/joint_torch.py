@@ -1,4 +1,5 @@
-"""The column steps of joint quantisation in plain PyTorch, all rows at once: their definition, and what a GPU runs."""
+"""The column steps of joint quantisation in plain PyTorch, all rows at once: the definition of what ``joint_cpu`` and
+``joint_cuda`` compute. Precisions are consecutive, and their tables lie end to end."""
 
 from __future__ import annotations
 
@@ -12,26 +13,21 @@ def _nearest(
     targets: Tensor,
     costs: Tensor,
     table: Tensor,
-    offsets: Sequence[int],
     bits: Sequence[int],
-    prefix: Tensor,
-    below: int,
 ) -> tuple[Tensor, Tensor]:
-    """The code ``[rows]`` of ``bits[-1]`` bits below ``prefix`` (of ``below`` bits) of least summed cost, the first of
-    equals, and its values ``[precisions, rows]``.
+    """The code ``[rows]`` of ``bits[-1]`` bits of least summed cost, the first of equals, and its values
+    ``[precisions, rows]``.
 
-    ``costs[s] * (targets[s] - value)**2`` is what a value costs at the stage's precision s.
+    ``costs[s] * (targets[s] - value)**2`` is what a value costs at the s-th precision.
     """
-    entries, total = [], None
-    for s, b in enumerate(bits):
-        children = torch.arange(1 << (b - below), device=table.device)
-        entries.append(table.gather(1, offsets[s] + (prefix[:, None] << (b - below)) + children))
-        cost = (targets[s][:, None] - entries[s]).square_() * costs[s][:, None]
-        total = cost if total is None else cost + total.repeat_interleave(1 << (b - bits[s - 1]), dim=1)
-    assert total is not None
-    leaf = total.argmin(1)
-    values = [e.gather(1, (leaf >> (bits[-1] - b))[:, None])[:, 0] for e, b in zip(entries, bits, strict=True)]
-    return (prefix << (bits[-1] - below)) + leaf, torch.stack(values)
+    entries = table.split([1 << b for b in bits], dim=1)
+    total = torch.zeros_like(entries[0])
+    for s in range(len(bits)):
+        cost = (targets[s][:, None] - entries[s]).square() * costs[s][:, None]
+        total = cost + (total.repeat_interleave(2, dim=1) if s else total)
+    code = total.argmin(1)
+    values = [e.gather(1, (code >> (bits[-1] - b))[:, None])[:, 0] for e, b in zip(entries, bits, strict=True)]
+    return code, torch.stack(values)
 
 
 def assign_block(
@@ -39,11 +35,8 @@ def assign_block(
     errors: Tensor,
     feedback: Tensor,
     codes: Tensor,
-    prefix: Tensor,
-    below: int,
     tables: Tensor,
-    groups: Sequence[int],
-    offsets: Sequence[int],
+    groups: Tensor,
     bits: Sequence[int],
     costs: Tensor,
 ) -> None:
@@ -54,13 +47,12 @@ def assign_block(
         errors: the same, written: each column's error over the diagonal of ``feedback``.
         feedback: float32 ``[columns, columns]``, the block's part of U with H^-1 = U^T U.
         codes: int64 ``[rows, columns]``, written.
-        prefix: int64 ``[rows, columns]``, what earlier stages chose, of ``below`` bits.
-        tables: float32 ``[rows, groups, entries]``, all precisions of the stage end to end, from ``offsets``.
-        groups: of each column.
+        tables: float32 ``[rows, groups, entries]``, all precisions end to end.
+        groups: int64 ``[columns]``, of each column.
         costs: float32 ``[precisions, rows]``.
     """
-    for j, group in enumerate(groups):
-        codes[:, j], values = _nearest(moved[:, :, j], costs, tables[:, group], offsets, bits, prefix[:, j], below)
+    for j, group in enumerate(groups.tolist()):
+        codes[:, j], values = _nearest(moved[:, :, j], costs, tables[:, group], bits)
         errors[:, :, j] = (moved[:, :, j] - values) / feedback[j, j]
         moved[:, :, j + 1 :] -= errors[:, :, j, None] * feedback[j, j + 1 :]
 
@@ -70,11 +62,8 @@ def descend_block(
     pull: Tensor,
     moment: Tensor,
     codes: Tensor,
-    prefix: Tensor,
-    below: int,
     tables: Tensor,
-    groups: Sequence[int],
-    offsets: Sequence[int],
+    groups: Tensor,
     bits: Sequence[int],
     costs: Tensor,
 ) -> None:
@@ -82,14 +71,14 @@ def descend_block(
 
     Args:
         values: float32 ``[precisions, rows, columns]``, changed to the new values.
-        pull: the same, ``(w - q) H``, minus half the loss's gradient; changed.
+        pull: the same, ``(w - q) H``, minus half the loss's gradient; may be changed.
         moment: float32 ``[columns, columns]``, the block's part of H.
         codes: int64 ``[rows, columns]``, changed.
-        prefix, below, tables, groups, offsets, bits, costs: as in :func:`assign_block`.
+        tables, groups, bits, costs: as in :func:`assign_block`.
     """
-    for j, group in enumerate(groups):
+    for j, group in enumerate(groups.tolist()):
         targets = values[:, :, j] + pull[:, :, j] / moment[j, j]
-        codes[:, j], chosen = _nearest(targets, costs, tables[:, group], offsets, bits, prefix[:, j], below)
+        codes[:, j], chosen = _nearest(targets, costs, tables[:, group], bits)
         pull -= (chosen - values[:, :, j])[:, :, None] * moment[j]
         values[:, :, j] = chosen
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from pmpd import kernels
 from pmpd.quant import kmeans, lloyd
@@ -208,22 +209,33 @@ def quantize_weight(
             for bits in precisions:
                 tables[bits][block, part_groups] = centroids[bits].reshape(num_rows, -1, 1 << bits)
     return NestedWeight(
-        torch.from_numpy(pack(codes, parent_bits)),
+        pack(torch.from_numpy(codes), parent_bits),
         {bits: torch.from_numpy(table) for bits, table in tables.items()},
         in_features,
         None if groups == 1 else group_size,
     )
 
 
-def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
-    """Bit planes of ``codes`` uint8 ``[out, in]``: int32 ``[bits, out, ceil(in / 32)]``, padded with zero bits."""
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Bit planes of ``codes`` uint8 ``[out, in]``, on their device: int32 ``[bits, out, ceil(in / 32)]``, padded with
+    zero bits."""
+    if codes.device.type != "cpu":
+        return _pack_there(codes, bits)
     out_features, in_features = codes.shape
     words = -(-in_features // WORD_BITS)
     planes = np.zeros((bits, out_features, words * WORD_BITS // 8), np.uint8)
     for b in range(bits):
-        plane = np.packbits((codes >> (bits - 1 - b)) & 1, axis=1, bitorder="little")
+        plane = np.packbits((codes.numpy() >> (bits - 1 - b)) & 1, axis=1, bitorder="little")
         planes[b, :, : plane.shape[1]] = plane
-    return planes.view("<i4").astype(np.int32, copy=False)
+    return torch.from_numpy(planes.view("<i4").astype(np.int32, copy=False))
+
+
+def _pack_there(codes: Tensor, bits: int) -> Tensor:
+    """As :func:`pack`, in PyTorch: a GPU packs a large layer faster than it is copied, a CPU far slower."""
+    places = torch.arange(WORD_BITS, dtype=torch.int32, device=codes.device)
+    words = functional.pad(codes, (0, -codes.shape[1] % WORD_BITS)).unflatten(1, (-1, WORD_BITS))
+    planes = [((words >> (bits - 1 - b)) & 1).int() << places for b in range(bits)]
+    return torch.stack([plane.sum(-1, dtype=torch.int32) for plane in planes])
 
 
 def _rows(tensor: Tensor, span: int) -> NDArray[np.float32]:

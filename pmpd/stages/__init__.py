@@ -21,6 +21,7 @@ from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT
 from pmpd.stages.rollouts import ROLLOUTS
 from pmpd.stages.search import SEARCH
 from pmpd.stages.timing import LATENCY, LINEARS
+from pmpd.stages.tuning import TUNE_TABLES
 
 STAGES: dict[str, Stage[Any]] = {
     stage.name: stage
@@ -34,6 +35,7 @@ STAGES: dict[str, Stage[Any]] = {
         MOMENTS,
         QUANTIZE,
         QUANTIZE_JOINT,
+        TUNE_TABLES,
         SEARCH,
         ROLLOUTS,
         FIT_STATIC,

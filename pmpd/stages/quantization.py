@@ -60,13 +60,16 @@ class QuantizeJointConfig:
     damping: float
     refits: int
     sweeps: int
+    outlier_share: float
     device: str
     trust_remote_code: bool
 
 
 def run_quantize_joint(config: QuantizeJointConfig, inputs: Mapping[str, Path], out: Path) -> None:
     """Quantise every block linear under the second moments of the ``moments`` input."""
-    options = JointOptions(config.focus_bits, config.high_share, config.damping, config.refits, config.sweeps)
+    options = JointOptions(
+        config.focus_bits, config.high_share, config.damping, config.refits, config.sweeps, config.outlier_share
+    )
 
     def quantize(weight: Tensor, moment: Tensor | None) -> NestedWeight:
         assert moment is not None
@@ -128,7 +131,7 @@ def quantize_blocks(
 QUANTIZE = Stage("quantize", 1, QuantizeConfig, run_quantize, "k-means over every weight")
 QUANTIZE_JOINT = Stage(
     "quantize_joint",
-    1,
+    2,
     QuantizeJointConfig,
     run_quantize_joint,
     "error feedback and descents over every weight",

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pmpd.decode import BufferCache, decode, prefill
 from pmpd.decode.llama import FusedLlama, fuse, not_fusable
 from pmpd.models import block_linears
-from pmpd.quant import NestedLinear, NestedWeight, PrecisionCell
+from pmpd.quant import NestedLinear, NestedWeight, PrecisionCell, highest, take_outliers
 from pmpd.records import Schedule
 from pmpd.schedulers import Planned
 from tests.decode.plain import make_prompts, plain_decode, tiny
@@ -40,7 +40,7 @@ ROPES: dict[str, dict[str, object]] = {
 }
 
 
-def nested(model: Any, bits: range = range(2, 5)) -> PrecisionCell:
+def nested(model: Any, bits: range = range(2, 5), num_outliers: int = 0) -> PrecisionCell:
     """Nested layers in place of the model's block linears; their weights are random, and differ between precisions."""
     cell = PrecisionCell()
     generator = torch.Generator().manual_seed(7)
@@ -50,7 +50,10 @@ def nested(model: Any, bits: range = range(2, 5)) -> PrecisionCell:
         planes = torch.randint(-(1 << 31), 1 << 31, shape, generator=generator).to(torch.int32)
         scale = float(linear.weight.detach().double().std())
         tables = {b: (torch.randn(out_features, 1, 1 << b, generator=generator) * scale).half() for b in bits}
-        layer = NestedLinear(NestedWeight(planes, tables, in_features), linear, cell)
+        weight = linear.weight.detach()
+        outliers = take_outliers(weight, torch.zeros_like(weight), highest(weight.abs(), num_outliers))
+        own = NestedWeight(planes, tables, in_features, None, outliers if num_outliers else None)
+        layer = NestedLinear(own, linear, cell)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
     return cell
@@ -76,6 +79,17 @@ def test_a_fused_model_computes_what_its_original_does(tmp_path: Path, family: s
     state = prefill(fused, fused_cell, PROMPTS, 4, max_new_tokens=10)
     steps = list(decode(fused, fused_cell, state, Planned(schedule), max_new_tokens=10, eos_ids=[]))
     assert torch.stack([step.tokens for step in steps], 1).tolist() == expected
+
+
+def test_outliers_are_fused_too(tmp_path: Path) -> None:
+    model = tiny(tmp_path, "llama_gqa")
+    cell = nested(model, num_outliers=50)
+    plain = tiny(tmp_path / "again", "llama_gqa")
+    expected = logits(model, cell, 3)
+    without = logits(plain, nested(plain), 3)
+    fused, fused_cell = fuse(model, cell)
+    torch.testing.assert_close(logits(fused, fused_cell, 3), expected, rtol=0, atol=1e-10)
+    assert not torch.allclose(expected, without)
 
 
 def plain_decode_fused(

@@ -1,3 +1,4 @@
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,15 @@ def test_the_products_kernels_compile_without_a_device(choices: tuple[int, ...],
     names = ("BITS", "ROWS", "BFLOAT", "NORM", "GATED", "GROUPED", "STAGES", "RAGGED", "ONCE")
     options = [f"-D{name}={value}" for name, value in zip(names, choices, strict=True)]
     assert nvrtc.cubin(product.source(), options, architecture)[:4] == b"\x7fELF"
+
+
+def test_the_joint_quantisers_kernels_compile_without_a_device() -> None:
+    try:
+        nvrtc.nvrtc_version()
+    except RuntimeError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+    source = resources.files("pmpd.quant").joinpath("joint_steps.cu").read_text()
+    assert nvrtc.cubin(source, (), "sm_80")[:4] == b"\x7fELF"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

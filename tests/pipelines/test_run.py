@@ -240,7 +240,8 @@ def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
         ["scheduler=high_after_low"],
         ["scheduler=high", "quantizer.group_size=32"],
         ["scheduler=static", "quantizer=joint"],
-        ["scheduler=high", "quantizer=joint", "quantizer.high_share=0", "quantizer.group_size=32"],
+        ["scheduler=high", "quantizer=joint", "quantizer.outlier_share=0.01", "quantizer.group_size=32"],
+        ["scheduler=static", "quantizer.tuning_steps=2"],
     ],
     ids=" ".join,
 )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmpd.quant import joint_cpu, joint_torch, quantize_weight
-from pmpd.quant.joint import Joint, JointOptions, Stage, damped, quantize_jointly
+from pmpd.quant import joint_cpu, joint_cuda, joint_torch, quantize_weight
+from pmpd.quant.joint import Joint, JointOptions, damped, quantize_jointly
 
 PRECISIONS = range(2, 5)
 
@@ -31,30 +31,24 @@ def row_losses(weight: Tensor, values: Tensor, moment: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
-@pytest.mark.parametrize("high_share", [0.0, 0.03])
-def test_no_step_after_assignment_raises_the_loss(group_size: int | None, high_share: float) -> None:
+@pytest.mark.parametrize("parent_bits", [4, 6])
+def test_no_step_after_assignment_raises_the_loss(group_size: int | None, parent_bits: int) -> None:
     weight, moment = layer()
-    moment = damped(moment, 0.01)
-    solver = Joint(weight, moment, group_size)
-    options = JointOptions(high_share=high_share)
+    precisions = range(2, parent_bits + 1)
+    solver = Joint(weight, damped(moment, 0.01), precisions, group_size, JointOptions())
 
-    def total(stage: Stage) -> Tensor:
-        losses = [row_losses(solver.weight, solver.values(b), solver.moment) for b in stage.bits]
-        return (torch.stack(losses) * stage.costs).sum(0)
+    def total() -> Tensor:
+        losses = [row_losses(solver.weight, solver.values(b), solver.moment) for b in precisions]
+        return (torch.stack(losses) * solver.costs).sum(0)
 
+    shares = 1 + 1 + 1 + sum(0.25**k for k in range(1, parent_bits - 3))
+    torch.testing.assert_close(total(), torch.full((6,), shares, dtype=torch.float64), rtol=1e-4, atol=0)
+    solver.assign()
     seen = []
-    for name in ("_refit", "_descend"):
-        step = getattr(solver, name)
-
-        def checked(stage: Stage, *rest: int, step=step) -> None:  # type: ignore[no-untyped-def]
-            before = total(stage)
-            step(stage, *rest)
-            seen.append(float((total(stage) / before).max()))
-
-        setattr(solver, name, checked)
-    for bits in ([2, 3, 4], [5], [6]) if not high_share else ([2, 3, 4, 5, 6],):
-        solver.run(bits, options)
-    assert len(seen) >= 5
+    for step in (lambda: solver.refit(3), solver.descend, lambda: solver.refit(3), solver.descend):
+        before = total()
+        step()
+        seen.append(float((total() / before).max()))
     assert max(seen) <= 1 + 1e-5
     assert min(seen) < 0.99
 
@@ -62,8 +56,8 @@ def test_no_step_after_assignment_raises_the_loss(group_size: int | None, high_s
 def test_one_precision_is_ordinary_error_feedback() -> None:
     weight, moment = layer(rows=3, columns=40)
     moment = damped(moment, 0.01)
-    solver = Joint(weight, moment, None)
-    solver.run([3], JointOptions(sweeps=0, refits=0))
+    solver = Joint(weight, moment, range(3, 4), None, JointOptions())
+    solver.assign()
     tables = solver.tables[3][:, 0].double().numpy()
     # Column after column, the remaining weights move to the optimum given those that are fixed (float64, one inverse
     # of the remaining block each time).
@@ -78,18 +72,15 @@ def test_one_precision_is_ordinary_error_feedback() -> None:
 
 def test_where_descents_settle_no_single_code_can_be_bettered() -> None:
     weight, moment = layer(rows=4, columns=8)
-    solver = Joint(weight, damped(moment, 0.01), None)
-    solver.run([2, 3, 4], JointOptions(sweeps=0))
-    scales = {b: solver.loss(b).double() for b in PRECISIONS}
-    costs = torch.stack([1 / scale for scale in scales.values()]).float()
-    stage = Stage((2, 3, 4), torch.zeros_like(solver.codes), 0, costs)
+    solver = Joint(weight, damped(moment, 0.01), PRECISIONS, None, JointOptions())
 
     def joint_loss() -> Tensor:
-        losses = {b: row_losses(solver.weight, solver.values(b), solver.moment) for b in PRECISIONS}
-        return torch.stack([losses[b] / scales[b] for b in PRECISIONS]).sum(0)
+        losses = [row_losses(solver.weight, solver.values(b), solver.moment) for b in PRECISIONS]
+        return (torch.stack(losses) * solver.costs).sum(0)
 
+    solver.assign()
     for _ in range(10):
-        solver._descend(stage)
+        solver.descend()
     settled, codes = joint_loss(), solver.codes.clone()
     for column, code in itertools.product(range(8), range(16)):
         solver.codes = codes.clone()
@@ -111,29 +102,46 @@ def test_prefixes_are_the_codes_of_lower_precisions_and_columns_are_in_their_pla
     assert losses == sorted(losses, reverse=True)
 
 
-def test_low_bits_lose_far_less_than_k_means_and_high_bits_can_be_kept() -> None:
+def test_all_precisions_lose_less_than_k_means_and_the_low_ones_far_less_where_few_are_asked_for() -> None:
     weight, moment = layer(rows=24)
     energy = damped(moment, 0.01).diagonal().expand_as(weight)
     plain = quantize_weight(weight, energy)
 
-    def ratio(high_share: float, bits: int) -> float:
-        own = quantize_jointly(weight, moment, options=JointOptions(high_share=high_share))
-        losses = [row_losses(weight, q.dequantize(bits).float(), moment).sum() for q in (own, plain)]
-        return float(losses[0] / losses[1])
+    def ratios(parent_bits: int) -> dict[int, float]:
+        own = quantize_jointly(weight, moment, parent_bits=parent_bits)
+        pairs = {
+            b: [row_losses(weight, q.dequantize(b).float(), moment).sum() for q in (own, plain)] for b in own.centroids
+        }
+        return {b: float(ours / theirs) for b, (ours, theirs) in pairs.items()}
 
-    assert all(ratio(0.0, b) < 0.85 for b in PRECISIONS)
-    assert ratio(0.1, 3) < 1
-    assert ratio(0.1, 6) < 1 < ratio(0.0, 6)
+    assert all(ratio < 0.85 for ratio in ratios(4).values())
+    assert all(ratio < 1 for ratio in ratios(6).values())
+
+
+@pytest.mark.parametrize("parent_bits", [4, 6])
+def test_outliers_are_taken_where_they_save_most_and_every_precision_gains(parent_bits: int) -> None:
+    weight, moment = layer(rows=24)
+    weight[3, 7] = 1.0
+    few = JointOptions(outlier_share=0.01)
+    plain, own = (quantize_jointly(weight, moment, parent_bits=parent_bits, options=o) for o in (JointOptions(), few))
+    assert plain.outliers is None
+    assert own.outliers is not None
+    rows, columns = own.outliers.places()
+    assert len(rows) == 23
+    assert (3, 7) in zip(rows.tolist(), columns.tolist(), strict=True)
+    for bits in own.centroids:
+        losses = [row_losses(weight, q.dequantize(bits).float(), moment).sum() for q in (own, plain)]
+        assert losses[0] < losses[1]
+        assert own.true_bits(bits) == pytest.approx(plain.true_bits(bits) + own.outliers.stored_bits / weight.numel())
 
 
 @pytest.mark.parametrize("group_size", [None, 40])
 def test_compiled_steps_are_the_plain_ones(group_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = layer(rows=7, columns=100)
-    options = JointOptions(high_share=0.03)
-    compiled = quantize_jointly(weight, moment, parent_bits=5, group_size=group_size, options=options)
+    compiled = quantize_jointly(weight, moment, parent_bits=5, group_size=group_size)
     for name in ("assign_block", "descend_block", "summed"):
         monkeypatch.setattr(joint_cpu, name, getattr(joint_torch, name))
-    plain = quantize_jointly(weight, moment, parent_bits=5, group_size=group_size, options=options)
+    plain = quantize_jointly(weight, moment, parent_bits=5, group_size=group_size)
     for bits in range(2, 6):
         ours, theirs = (row_losses(weight, q.dequantize(bits).float(), damped(moment, 0.01)) for q in (compiled, plain))
         # Sums in another order may tip a tie, after which the codes differ; the losses hardly do.
@@ -181,3 +189,33 @@ def test_bad_input_is_refused() -> None:
         quantize_jointly(weight, moment, seed_bits=5, parent_bits=4)
     with pytest.raises(ValueError, match="group_size"):
         quantize_jointly(weight, moment, group_size=0)
+    with pytest.raises(ValueError, match="high_share"):
+        quantize_jointly(weight, moment, options=JointOptions(high_share=0.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("group_size", [None, 40])
+def test_the_gpus_steps_are_the_plain_ones_and_every_run_gives_the_same_codes(group_size: int | None) -> None:
+    weight, moment = layer(rows=7, columns=100)
+    plain = quantize_jointly(weight, moment, parent_bits=6, group_size=group_size)
+    first, second = (
+        quantize_jointly(weight.cuda(), moment.cuda(), parent_bits=6, group_size=group_size) for _ in range(2)
+    )
+    assert torch.equal(first.planes, second.planes)
+    for bits in range(2, 7):
+        assert torch.equal(first.centroids[bits], second.centroids[bits])
+        ours, theirs = (row_losses(weight, q.dequantize(bits).float(), damped(moment, 0.01)) for q in (first, plain))
+        assert float(ours.sum() / theirs.sum()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_entries", [4, 16, 256, 700])
+def test_sums_by_entry_on_a_gpu(num_entries: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(9, 1000, generator=generator)
+    entries = torch.randint(0, num_entries, (9, 1000), generator=generator)
+    expected = torch.zeros(9, num_entries, dtype=torch.float64).scatter_add_(1, entries, values.double())
+    own = joint_cuda.summed(values.cuda(), entries.cuda(), num_entries)
+    torch.testing.assert_close(own.cpu().double(), expected, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pmpd import kernels
 from pmpd.quant import nested
-from pmpd.quant.nested import NestedWeight, pack, quantize_weight
+from pmpd.quant.nested import NestedWeight, _pack_there, pack, quantize_weight
 from tests.kernels.definition import dequantized
 from tests.quant.test_kmeans import least_error
 
@@ -37,7 +37,8 @@ def test_packed_codes_unpack_to_themselves_and_their_prefixes(
     seed: int, bits: int, out_features: int, in_features: int
 ) -> None:
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (out_features, in_features)).astype(np.uint8)
-    planes = torch.from_numpy(pack(codes, bits))
+    planes = pack(torch.from_numpy(codes), bits)
+    assert torch.equal(planes, _pack_there(torch.from_numpy(codes), bits))
     assert planes.shape == (bits, out_features, -(-in_features // 32))
     for b in range(1, bits + 1):
         tables = torch.arange(1 << b).expand(out_features, 1, -1)
