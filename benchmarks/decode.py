@@ -3,6 +3,7 @@
     python benchmarks/decode.py                              Vicuna-7B's and MobileLLaMA-1.4B's shapes
     python benchmarks/decode.py --models mobilellama --bits 4 3
     python benchmarks/decode.py --hf                         also transformers' own step in a graph, at 16 bits
+    python benchmarks/decode.py --compiled                   the same by torch.compile (a C compiler; a minute a model)
     python benchmarks/decode.py --profile                    each kernel of a block, none overlapping the next; no CSV
 
 Weights are random, of the models' true shapes, made from the configuration alone; batch 1. The steps are those of the
@@ -21,6 +22,7 @@ their ratios are of one run. Writes benchmarks/results/decode.csv, a row a numbe
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import gc
 import statistics
@@ -41,6 +43,7 @@ from pmpd.decode.captured import CapturedStep
 from pmpd.decode.graphs import GraphedModel
 from pmpd.decode.llama_step import LlamaStep
 from pmpd.decode.random import random_llama
+from pmpd.hardware.gpu import other_processes
 from pmpd.kernels import nvrtc
 from pmpd.records import Schedule
 from pmpd.schedulers import Planned, Policy
@@ -127,7 +130,7 @@ class Table:
         spread = {"unit": unit, "median": f"{median:.5g}", "p20": f"{low:.5g}", "p80": f"{high:.5g}"}
         self.rows.append({**what, **spread, **self.common})
         rate = f"  {1e6 / median:7.1f} tokens/s" if unit == "us" and op != "switch" else ""
-        sys.stdout.write(f"{model:12} {op:10} {provider:14} {bits:>10} bits {median:10.2f} {unit}{rate}\n")
+        sys.stdout.write(f"{model:12} {op:10} {provider:16} {bits:>10} bits {median:10.2f} {unit}{rate}\n")
         sys.stdout.flush()
         return median
 
@@ -184,19 +187,17 @@ def fp16_model(table: Table, name: str, prompt: list[int], steps: int, rounds: i
     table.add("step", "cublas-fp16", name, "16", "us", times)
 
 
-def hf_model(table: Table, name: str, prompt: list[int], steps: int) -> None:
-    """transformers' modelling code, its step captured in a graph."""
+def hf_model(table: Table, name: str, prompt: list[int], steps: int, compiled: bool) -> None:
+    """transformers' modelling code, its step captured in a graph; ``compiled``: by torch.compile's default mode."""
     with torch.device("cuda"):
         original: Any = AutoModelForCausalLM.from_config(shape(name), dtype=torch.float16).eval()
-    model = GraphedModel(original, None, CapturedStep(original))
-    table.add(
-        "step",
-        "hf-fp16-graph",
-        name,
-        "16",
-        "us",
-        step_times_us(model, None, prompt, 16, Planned(Schedule.uniform(16)), steps),
-    )
+    stepping = original
+    if compiled:
+        stepping = copy.copy(original)  # the same weights; prefill stays as it is
+        stepping.compile(fullgraph=True, dynamic=False)
+    model = GraphedModel(original, None, CapturedStep(stepping))
+    times = step_times_us(model, None, prompt, 16, Planned(Schedule.uniform(16)), steps)
+    table.add("step", "hf-fp16-compiled" if compiled else "hf-fp16-graph", name, "16", "us", times)
 
 
 def profile(name: str, bits: list[int], prompt: list[int]) -> None:
@@ -231,17 +232,20 @@ def profile(name: str, bits: list[int], prompt: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], help="falling")
+    parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], help="falling; none: 16 bits alone")
     parser.add_argument("--context", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hf", action="store_true", help="transformers' own step in a graph too")
+    parser.add_argument("--compiled", action="store_true", help="transformers' own step by torch.compile too")
     parser.add_argument("--commit", help="that this code is of; default: what git says")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--profile", action="store_true", help="print each kernel's time instead")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("times are of a GPU, and PyTorch sees none")
+    if others := other_processes():
+        sys.stderr.write(f"{others} other processes use this GPU: times are of all of them\n")
     table = Table(args.context, args.commit or commit_here())
     prompt = torch.randint(3, 32000, (args.context,), generator=torch.Generator().manual_seed(0)).tolist()
     for name in args.models:
@@ -253,12 +257,12 @@ def main() -> None:
         gc.collect()
         fp16_model(table, name, prompt, args.steps, args.rounds)
         gc.collect()
-        if args.hf:
-            hf_model(table, name, prompt, args.steps)
+        for compiled in [False] * args.hf + [True] * args.compiled:
+            hf_model(table, name, prompt, args.steps, compiled)
             gc.collect()
         torch.cuda.empty_cache()
-    if not args.profile:
-        table.write(args.out)
+        if not args.profile:
+            table.write(args.out)  # what there is, should the next model fail
 
 
 if __name__ == "__main__":

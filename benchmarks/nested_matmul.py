@@ -11,8 +11,9 @@ Weights and inputs are random. The ceiling is a device-to-device copy, bytes rea
 
 Peers are timed if their packages are installed, and named when they are not: `any-precision` (the extension
 any_precision_ext of github.com/fwtan/any-precision-llm), `anybcq` (custom_kernel of github.com/naver-aics/anybcq,
-group 128, the zero fill of its output included), `humming` (humming-kernels, symmetric integers), `torch-int4`
-(PyTorch's own _weight_int4pack_mm, bfloat16, group 128).
+group 128, the zero fill of its output included), `humming` (humming-kernels, symmetric integers), `gemlite` (integers,
+group 128, its own tuning for the GPU), `torchao` (Int4WeightOnlyConfig, bfloat16, group 128), `torch-int4` (PyTorch's
+own _weight_int4pack_mm, the same).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import csv
 import functools
 import importlib
+import itertools
 import math
 import statistics
 import subprocess
@@ -124,6 +126,32 @@ def torch_int4(case: Case) -> Call:
     return lambda i: torch.ops.aten._weight_int4pack_mm(x, packed[i], GROUP, scales[i])
 
 
+def torchao(case: Case) -> Call:
+    quantization = importlib.import_module("torchao.quantization")
+    config = quantization.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
+    layers = []
+    for _ in range(case.buffers):
+        shape = (case.in_features, case.out_features)
+        layers.append(torch.nn.Linear(*shape, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False))
+        quantization.quantize_(layers[-1], config)
+    x = case.x(torch.bfloat16)
+    return lambda i: layers[i](x)
+
+
+def gemlite(case: Case) -> Call:
+    helper = importlib.import_module("gemlite.helper")
+    layers = []
+    for _ in range(case.buffers):
+        codes = torch.randint(
+            0, 1 << case.bits, (case.out_features, case.in_features), device="cuda", dtype=torch.uint8
+        )
+        scales, zeros = torch.rand(2, codes.numel() // GROUP, 1, device="cuda", dtype=torch.float16)
+        packer = helper.A16Wn(device="cuda:0", dtype=torch.float16)
+        layers.append(packer.from_weights(codes, scales, zeros, case.bits, GROUP))
+    x = case.x()
+    return lambda i: layers[i](x)
+
+
 def humming(case: Case) -> Call:
     layer_class = importlib.import_module("humming.layer").HummingLayer
     layers, weight = [], torch.randn(case.out_features, case.in_features, device="cuda", dtype=torch.float16)
@@ -151,11 +179,13 @@ def cublas_fp16(case: Case) -> Call:
 PROVIDERS: dict[str, tuple[Callable[[Case], Call], tuple[int, ...], tuple[int, ...]]] = {
     # name: (how, bits, rows of x)
     "pmpd": (pmpd, (2, 3, 4, 5, 6, 8), (1, 2, 4, 8)),
-    "any-precision": (any_precision, (2, 3, 4, 8), (1,)),
+    "any-precision": (any_precision, (2, 3, 4, 5, 6, 8), (1,)),
     "anybcq": (anybcq, (2, 3, 4), (1,)),
     "torch-int4": (torch_int4, (4,), (1,)),
     "cublas-fp16": (cublas_fp16, (16,), (1, 2, 4, 8)),
     "humming": (humming, (2, 3, 4), (1,)),
+    "gemlite": (gemlite, (2, 4), (1,)),
+    "torchao": (torchao, (4,), (1,)),
 }
 
 
@@ -201,6 +231,10 @@ def cases(shapes: Iterable[tuple[int, int]], bits: Iterable[int], rows: Iterable
 
 def measure(providers: list[str], shapes: list[tuple[int, int]], commit: str, path: Path) -> None:
     """Rows of ``path``, written as they come."""
+    from pmpd.hardware.gpu import other_processes
+
+    if others := other_processes():
+        print(f"{others} other processes use this GPU: times are of all of them", flush=True)
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     record = {"gpu": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,27 +327,24 @@ def draw(path: Path) -> None:
 
 def sweep(shapes: list[tuple[int, int]], bits: list[int], rows: list[int]) -> None:
     """Print the fastest launches of each product, and where the one that is chosen stands."""
-    from pmpd.kernels import cuda, launch
+    from pmpd.kernels import launch, product
 
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for case in cases(shapes, bits, rows):
         steps = -(-case.in_features // launch.STEP)
         chosen = launch.choose(case.out_features, case.in_features, case.bits, case.m, processors)
         plans = [chosen]
-        for splits in sorted({-(-steps // -(-steps // most)) for most in (4, 8, 16)}):
+        for splits in sorted({-(-steps // -(-steps // most)) for most in (4, 8, 11, 16)}):
             for teams in (1, 2, 3, 4):
-                for queue in (
-                    *((1, 1, True, True), (2, 2, True, True), (1, 1, False, False), (2, 2, False, False)),
-                    *((2, 1, True, False), (2, 2, True, False), (3, 1, True, False), (3, 2, False, False)),
-                ):
+                for queue in itertools.product(((1, 1), (2, 1), (2, 2), (3, 1)), (True, False), (True, False)):
+                    (stages, early), late, alone = queue
                     if splits * teams <= launch.MAX_WARPS:
-                        plans.append(launch.Launch(splits, teams, *queue))
-        operands, x = [cuda._operand(weight, case.bits) for weight in pmpd_weights(case)], case.x()
+                        plans.append(launch.Launch(splits, teams, stages, early, late, alone))
+        operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], case.x()
         out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
 
         def microseconds(plan: launch.Launch, operands: list[Any] = operands, x: Any = x, out: Any = out) -> float:
-            fused = cuda._Fused()
-            call = functools.partial(cuda._launch, x, fused=fused, out=out, plan=plan)
+            call = functools.partial(product.multiply, x, fused=product.Fused(), out=out, plan=plan)
             return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands)))
 
         timed = [(microseconds(plan), plan) for plan in plans]

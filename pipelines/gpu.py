@@ -96,12 +96,12 @@ def write_gpu_report(cells: Sequence[GpuCell], store: Store, out: Path) -> str:
     texts = []
     for cell in cells:
         timing = read_json(store.verify(cell.linears) / RESULTS_FILE)
-        texts.append(f"## {cell.model}\n\nLinear layers, one input, {timing['weights']}, {timing['machine']}:\n")
+        texts.append(f"## {cell.model}\n\nLinear layers, one input, {timing['weights']}, {_where(timing)}:\n")
         texts.append(linears_table(timing["rows"]) + "\n")
         rows += _linear_rows(cell, timing)
         if cell.latency is not None:
             timing = read_json(store.verify(cell.latency) / RESULTS_FILE)
-            texts.append(f"Decoding one sequence, {timing['weights']}, {timing['engine']}, {timing['machine']}:\n")
+            texts.append(f"Decoding one sequence, {timing['weights']}, {timing['engine']}, {_where(timing)}:\n")
             texts.append(steps_table(timing["rows"]) + "\n")
             rows += _step_rows(cell, cell.latency, timing)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -110,6 +110,11 @@ def write_gpu_report(cells: Sequence[GpuCell], store: Store, out: Path) -> str:
     text = "\n".join(texts)
     (out / "table.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _where(timing: dict[str, Any]) -> str:
+    others = timing.get("other_processes")
+    return timing["machine"] + (f", beside {others} other processes on the GPU" if others else "")
 
 
 def _linear_rows(cell: GpuCell, timing: dict[str, Any]) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def check_sources(config: Config, store: Store) -> None:
 def _check_machine(config: Config, store: Store) -> None:
     if isinstance(config.hardware, GpuConfig):
         if torch.cuda.is_available():
-            from pmpd.kernels.cuda import MIN_CAPABILITY
+            from pmpd.kernels.product import MIN_CAPABILITY
 
             if (capability := torch.cuda.get_device_capability()) < MIN_CAPABILITY:
                 raise PreflightError(

@@ -6,7 +6,7 @@ decode step computes; the kernels of such a step are in ``llama_step.py``, unkno
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pmpd.decode.cache import BufferCache
+from pmpd.kernels.gated import TURN, gated, in_turns
 from pmpd.quant import NestedLinear, NestedWeight, Outliers, PrecisionCell
 
 FAMILY = ("llama", "mistral", "qwen2")
@@ -30,7 +31,7 @@ class FusedBlock(nn.Module):
 
     Attributes:
         qkv: ``[hidden] -> [(heads + 2 * kv_heads) * head_dim]``, queries first.
-        gate_up: ``[hidden] -> [2 * intermediate]``, gate first.
+        gate_up: ``[hidden] -> [2 * intermediate]``, gate and up in turns (:func:`pmpd.kernels.gated.in_turns`).
     """
 
     input_norm: nn.Parameter
@@ -116,8 +117,7 @@ class FusedLlama(nn.Module):
                 q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=self.num_heads > self.num_kv_heads
             )
             hidden = hidden + block.output(attended.transpose(1, 2).flatten(2))
-            gate, up = block.gate_up(rms_norm(hidden, block.mlp_norm, self.eps)).chunk(2, dim=-1)
-            hidden = hidden + block.down(functional.silu(gate) * up)
+            hidden = hidden + block.down(gated(block.gate_up(rms_norm(hidden, block.mlp_norm, self.eps))))
         kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         return CausalLMOutputWithPast(logits=self.head(rms_norm(kept, self.norm, self.eps)))
 
@@ -169,6 +169,8 @@ def not_fusable(config: Any) -> str | None:
         return f"model type {config.model_type} is not of the Llama family ({', '.join(FAMILY)})"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}, not silu"
+    if config.intermediate_size % TURN:
+        return f"its intermediate size {config.intermediate_size} is not a multiple of {TURN}"
     windowed = getattr(config, "sliding_window", None) is not None
     if windowed and getattr(config, "use_sliding_window", True):
         return f"it attends to a sliding window of {config.sliding_window} tokens"
@@ -206,7 +208,7 @@ def fuse(model: Any, cell: PrecisionCell | None) -> tuple[FusedLlama, PrecisionC
                 _join([attention.q_proj, attention.k_proj, attention.v_proj], fused_cell),
                 _join([attention.o_proj], fused_cell),
                 layer.post_attention_layernorm.weight,
-                _join([mlp.gate_proj, mlp.up_proj], fused_cell),
+                _join([mlp.gate_proj, mlp.up_proj], fused_cell, in_turns),
                 _join([mlp.down_proj], fused_cell),
             )
         )
@@ -215,33 +217,37 @@ def fuse(model: Any, cell: PrecisionCell | None) -> tuple[FusedLlama, PrecisionC
     return fused.eval().requires_grad_(False), fused_cell
 
 
-def _join(layers: Sequence[nn.Module], cell: PrecisionCell | None) -> nn.Module:
-    """The rows of ``layers`` in one linear layer, nested where they are."""
-    first = layers[0]
-    bias = None if first.bias is None else _rows([layer.bias for layer in layers])
-    joined = None if first.weight is None else linear(_rows([layer.weight for layer in layers]), bias)
+def _rows(*parts: Tensor, dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _join(layers: Sequence[nn.Module], cell: PrecisionCell | None, join: Callable[..., Tensor] = _rows) -> nn.Module:
+    """The rows of ``layers`` in one linear layer, nested where they are, in the order that ``join`` gives them."""
+    first: Any = layers[0]
+
+    def joined(parts: Sequence[Any], dim: int = 0) -> Tensor:
+        return join(*(part.detach() for part in parts), dim=dim)
+
+    bias = None if first.bias is None else joined([layer.bias for layer in layers])
+    original = None if first.weight is None else linear(joined([layer.weight for layer in layers]), bias)
     if not isinstance(first, NestedLinear):
-        assert joined is not None
-        return joined
+        assert original is not None
+        return original
     assert cell is not None
     parts = [layer.nested for layer in layers if isinstance(layer, NestedLinear) and layer.nested is not None]
     assert len(parts) == len(layers), "layers are joined before they are packed"
     one = parts[0]
+    order = joined(torch.arange(sum(part.out_features for part in parts)).split([part.out_features for part in parts]))
     nested = NestedWeight(
-        torch.cat([part.planes for part in parts], dim=1) if len(parts) > 1 else one.planes,
-        {bits: _rows([part.centroids[bits] for part in parts]) for bits in one.centroids},
+        joined([part.planes for part in parts], dim=1),
+        {bits: joined([part.centroids[bits] for part in parts]) for bits in one.centroids},
         one.in_features,
         one.group_size,
-        None if one.outliers is None else Outliers.stacked([part.outliers for part in parts if part.outliers]),
+        None if one.outliers is None else Outliers.stacked([p.outliers for p in parts if p.outliers]).rows(order),
     )
-    if joined is None:
+    if original is None:
         return NestedLinear.without_original(nested, bias, first.anchor.dtype, cell)
-    return NestedLinear(nested, joined, cell)
-
-
-def _rows(parts: Sequence[Any]) -> Tensor:
-    tensors = [part.detach() for part in parts]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return NestedLinear(nested, original, cell)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -67,8 +67,8 @@ class LlamaStep:
             self._product(block.qkv, hidden, bits, qkv, norm=block.input_norm)
             self.kernels.attend(qkv, block.qkv_bias, self.turns, self.counters, index, self.scale, attended)
             self._product(block.output, attended, bits, hidden, add=True)
-            self._product(block.gate_up, hidden, bits, self.gate_up[:rows], norm=block.mlp_norm)
-            self._product(block.down, self.gate_up[:rows], bits, hidden, gate=True, add=True)
+            self._product(block.gate_up, hidden, bits, self.gated[:rows], norm=block.mlp_norm, gate=True)
+            self._product(block.down, self.gated[:rows], bits, hidden, add=True)
         self._product(model.head, hidden, FP16_BITS, self.logits[:rows], norm=model.norm)
         self.kernels.choose(self.logits[:rows], self.tokens, self.counters)
 
@@ -84,20 +84,20 @@ class LlamaStep:
         add: bool = False,
     ) -> None:
         """``out`` = (or ``+=``, with ``add``) the layer's product, without its bias, with ``x``; with the norm of ``x``
-        where its weight is given, with ``silu(first half) * second half`` where ``gate``."""
+        where its weight is given, and gated where ``gate``."""
         if bits != FP16_BITS:
             residual, eps = out if add else None, self.model.eps
-            cuda.matmul(x, layer.packed, bits, norm_weight=norm, norm_eps=eps, gate_up=gate, residual=residual, out=out)
+            cuda.matmul(x, layer.packed, bits, norm_weight=norm, norm_eps=eps, gate=gate, residual=residual, out=out)
             return
         rows = len(x)
         if norm is not None:
             self.kernels.norm(x, norm, self.normed[:rows], self.model.eps)
             x = self.normed[:rows]
-        if gate:
-            self.kernels.gate(x, self.gated[:rows])
-            x = self.gated[:rows]
         if add:
             out.addmm_(x, layer.weight.t())
+        elif gate:
+            torch.mm(x, layer.weight.t(), out=self.gate_up[:rows])
+            self.kernels.gate(self.gate_up[:rows], out)
         else:
             torch.mm(x, layer.weight.t(), out=out)
 

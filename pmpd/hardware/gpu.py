@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 FLUSH_L2_COPIES = 4
 """How many times its second-level cache a GPU reads between two forwards, to push everything else out."""
@@ -32,7 +35,11 @@ def conditions(device: str) -> dict[str, Any]:
     """What a record of times says about how they came about."""
     found: dict[str, Any] = {"machine": machine(device)}
     if device != "cpu":
+        others = other_processes()
+        if others:
+            log.warning("%d other processes use this GPU: times are of all of them; time again without them", others)
         found |= {
+            "other_processes": others,
             "cuda": torch.version.cuda,
             "sm_clock_mhz": _smi("clocks.sm"),
             "max_sm_clock_mhz": _smi("clocks.max.sm"),
@@ -48,6 +55,9 @@ def self_cuda_us(forward: Callable[[], object], *, forwards: int, flushed: bool)
         forwards: how many, in a row (the paper: 100).
         flushed: read a buffer larger than the second-level cache before each, whose own time, measured alone in the
             same way, is taken off. Without it small weights stay in that cache, as in the paper's measurement.
+
+    Raises:
+        RuntimeError: reading the buffer alone took longer than both together, as happens beside other processes.
     """
     buffer = torch.empty(0, device="cuda")
     if flushed:
@@ -65,7 +75,15 @@ def self_cuda_us(forward: Callable[[], object], *, forwards: int, flushed: bool)
     for _ in range(3):
         both()
     total_us = _profiled_us(both, forwards)
-    return (total_us - _profiled_us(between, forwards) if flushed else total_us) / forwards
+    if not flushed:
+        return total_us / forwards
+    own_us = total_us - _profiled_us(between, forwards)
+    if own_us <= 0:
+        raise RuntimeError(
+            f"reading the cache's size alone took {-own_us / forwards:.1f} us longer than with a forward after it: "
+            "something else runs on this GPU; end it and time again"
+        )
+    return own_us / forwards
 
 
 def _profiled_us(run: Callable[[], object], times: int) -> float:
@@ -92,11 +110,24 @@ def _driver() -> str:
     return _smi("driver_version")
 
 
+def other_processes() -> int | None:
+    """How many other processes have a context on PyTorch's current GPU; None where ``nvidia-smi`` does not say.
+
+    This process is one of those that it lists, under whatever number its container gives it.
+    """
+    found = _ask_smi("--query-compute-apps=pid")
+    return None if found is None else max(0, len(found.split()) - 1)
+
+
 def _smi(field: str) -> str:
     """One field of ``nvidia-smi`` for PyTorch's current GPU, ``unknown`` where that is not installed."""
+    return _ask_smi(f"--query-gpu={field}") or "unknown"
+
+
+def _ask_smi(query: str) -> str | None:
     uuid = torch.cuda.get_device_properties().uuid  # its own count of GPUs knows nothing of CUDA_VISIBLE_DEVICES
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return None

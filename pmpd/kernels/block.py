@@ -11,8 +11,9 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from pmpd.kernels import nvrtc
+from pmpd.kernels import launch, nvrtc
 from pmpd.kernels.launch import MAX_ROWS
+from pmpd.kernels.product import describe
 
 FIRST_COLUMNS = 2
 ADDRESSES = FIRST_COLUMNS + MAX_ROWS
@@ -48,8 +49,9 @@ class BlockKernels:
         module = nvrtc.compile(source(), options + (["-DBF16"] if dtype == torch.bfloat16 else []))
         self._norm, self._gate = module["rms_norm"], module["gate"]
         self._choose, self._attend = module["choose"], module["attend"]
-        processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-        self._blocks = BLOCKS_A_PROCESSOR * processors
+        gpu = describe(torch.cuda.current_device())
+        self._blocks = BLOCKS_A_PROCESSOR * gpu.processors
+        self._reserved = reserved_bytes(group, head_dim, gpu.shared_bytes)
         most = MAX_ROWS * num_kv_heads + self._blocks
         self._partials = torch.zeros(most * group * (head_dim + 4), device="cuda")
         self._arrivals = torch.zeros(MAX_ROWS * num_kv_heads, dtype=torch.int32, device="cuda")
@@ -64,7 +66,7 @@ class BlockKernels:
         self._norm((rows,), (NORM_THREADS,), x, weight, out, size, eps, programmatic=True)
 
     def gate(self, gate_up: Tensor, out: Tensor) -> None:
-        """``out [rows, size] = silu(gate) * up`` of ``gate_up [rows, 2 * size]``."""
+        """``out [rows, size] = silu(gate) * up`` of ``gate_up [rows, 2 * size]``, in turns (``gated.py``)."""
         rows, size = out.shape
         assert size % 8 == 0
         grid = (-(-size // (8 * GATE_THREADS)), rows)
@@ -86,7 +88,7 @@ class BlockKernels:
         splits = min(max(1, self._blocks // (rows * self.num_kv_heads)), MAX_SPLITS)
         grid = (splits, self.num_kv_heads, rows)
         arguments = (qkv, bias, turns, binding, layer, scale, self._partials, self._arrivals, out)
-        self._attend(grid, (ATTEND_THREADS,), *arguments, programmatic=True)
+        self._attend(grid, (ATTEND_THREADS,), *arguments, shared_bytes=self._reserved, programmatic=True)
 
     def choose(self, logits: Tensor, tokens: Tensor, binding: Tensor) -> None:
         """``tokens [rows]`` = the first of the largest of ``logits [rows, vocab]``; the binding's column is counted
@@ -107,6 +109,20 @@ def not_supported(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch
             f"the fused kernels are for up to {MAX_GROUP} query heads a key-value head, not {num_heads}/{num_kv_heads}"
         )
     return None
+
+
+def static_bytes(group: int, head_dim: int) -> int:
+    """Shared memory that a block of attention declares itself."""
+    slots = ATTEND_THREADS * 8 // head_dim
+    return 4 * group * (slots * (head_dim + 4) + 2 * MAX_SPLITS) + 1
+
+
+def reserved_bytes(group: int, head_dim: int, shared: int) -> int:
+    """Dynamic shared memory, unused, that keeps attention's blocks apart: ``BLOCKS_A_PROCESSOR`` of them beside a
+    product's (:func:`pmpd.kernels.launch.reserved_bytes`), where they are not larger themselves."""
+    room = shared + launch.RESERVED_BYTES - launch.reserved_bytes(shared, alone=True) - launch.STATIC_SHARED_BYTES // 2
+    each = room // BLOCKS_A_PROCESSOR - launch.RESERVED_BYTES - static_bytes(group, head_dim)
+    return max(0, each // 128 * 128)
 
 
 @cache

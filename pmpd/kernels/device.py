@@ -13,9 +13,9 @@ Bits. Column ``8 * p + n`` of a word (p < 4, n < 8) lies in nibble n: its 2-bit 
 ``4 * n + 3 - p``. So one shift brings eight weights' bits to the same place of eight nibbles: a selector of ``prmt``.
 
 Tables. Entry i belongs to the code whose planes 0 and 1 are bits 1 and 0 of i, and whose plane k > 1 is bit k. Values
-are 16-bit integers (14-bit at 4 bits) of a row's own scale and offset, ``value = scale * integer + offset``: rounding
-costs at most 2**-17 (2**-15) of the row's range. Up to 4 bits a row has its high digits, then its low digits, one byte
-each, which is what the integer tensor cores multiply; above, 16-bit entries.
+are 16-bit integers (14-bit at 4 and 5 bits) of a row's own scale and offset, ``value = scale * integer + offset``:
+rounding costs at most 2**-17 (2**-15) of the row's range. Up to 5 bits a row has its high digits, then its low digits,
+one byte each, which is what the integer tensor cores multiply; above, 16-bit entries.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ UNIT = 128
 MIN_BITS, MAX_BITS = 2, 8
 MAX_IN_FEATURES = 1 << 16
 """Sums of digit products stay below 2**31 up to here: 128 * 255 * 2**16."""
-REGISTER_BITS = 4
+REGISTER_BITS = 5
 """Precisions up to this one keep high and low digits apart."""
+EIGHT_ENTRIES_BITS = 3
+"""Above it, a table in registers is several of eight entries, and digits have seven bits."""
 THIRD_PLANE_BIT = (2, 3, 1, 0)
 
 
@@ -159,7 +161,7 @@ def _lane_order(words: Tensor) -> Tensor:
 
 def _integer_tables(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Tables and scales, as in :class:`DeviceWeight`, of values ``[out, groups, 2**bits]``."""
-    base = 128 if bits == REGISTER_BITS else 256
+    base = 128 if EIGHT_ENTRIES_BITS < bits <= REGISTER_BITS else 256
     out_features, groups, entries = table.shape
     offset = table.amin(dim=(1, 2))
     scale = (table.amax(dim=(1, 2)) - offset) / (base * base - 1)

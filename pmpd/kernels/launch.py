@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pmpd.kernels.device import REGISTER_BITS, TILE
+from pmpd.kernels.device import MIN_BITS, REGISTER_BITS, TILE
 
 STEP = 256
 """Columns that a warp copies at once."""
@@ -20,9 +20,13 @@ MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
 MAX_WARPS = 16
 STATIC_SHARED_BYTES = 4096
-"""At least what a block declares itself, and what the driver keeps of a block."""
-ALONE_SHARED_BYTES = 120 * 1024
-"""More than half of what a processor has, on the GPUs where kernels overlap (compute capability 9.0 and 10.0)."""
+"""At least what a block declares itself, and what the driver keeps of it."""
+RESERVED_BYTES = 1024
+"""What the driver keeps of a block's shared memory."""
+SHORT_STEPS = 8
+"""Steps of a row up to which a product is over before its launch is forgotten."""
+BUSY_BITS = 4
+"""From here on arithmetic takes longer than reading."""
 FULL = 0.88
 """Share of a round of tiles from which all processors count as busy to the end."""
 
@@ -35,7 +39,7 @@ class Launch:
     stages: steps of weights that a warp has under way.
     early: of these, steps asked for before earlier kernels have ended.
     late: let the next kernel come only once x is here.
-    alone: let no two blocks share a processor.
+    alone: let no two blocks of such kernels share a processor.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -72,32 +76,83 @@ class Launch:
         return ring + digits + partial + tiles * (TILE * 8 + tables)
 
 
+def reserved_bytes(shared: int, *, alone: bool) -> int:
+    """Dynamic shared memory of a block that decides what else its processor takes; ``shared`` is the most for a block.
+
+    A kernel that starts while its predecessor ends takes what room there is, and two of its blocks on one processor
+    take twice as long. That does not pass: the next kernel finds its room on the processors that were left out. So
+    kernels of two kinds take turns in a chain. Of those ``alone`` a processor takes one block, as that needs more than
+    half of it; the others' leave room for just one of these.
+    """
+    half = (shared + RESERVED_BYTES) // 2
+    return half + 4096 if alone else half - 4096 - 2 * STATIC_SHARED_BYTES
+
+
 def choose(out_features: int, in_features: int, bits: int, rows: int, processors: int) -> Launch:
     """The launch for a product, before :func:`fit`.
 
     There is one block a processor, and what decides is how many tiles that leaves a block. With one, blocks of the next
     kernel must not gather on one processor; with more, they fill the gaps that this one leaves.
     """
-    tiles, steps = _up(out_features, TILE), _up(in_features, STEP)
-    round_of_tiles = _up(tiles, processors)
+    steps, round_of_tiles, full = _shape(out_features, in_features, processors)
     if rows > 1:
-        teams = min(rows, 4 if steps <= MAX_WARPS // 2 else 2)
-        late = round_of_tiles == 1 or bits >= REGISTER_BITS
-        return Launch(_even(steps, MAX_WARPS // teams), teams, 2, 1 if late else 2, late, round_of_tiles == 1)
-    full = tiles >= FULL * round_of_tiles * processors
+        return _several_rows(steps, round_of_tiles, full, bits, rows)
     if round_of_tiles == 1:
-        if bits == 2 and steps <= MAX_WARPS // 2:
-            return Launch(_even(steps, 4), 1, 3, 1, True)
+        if bits < BUSY_BITS and steps <= SHORT_STEPS:
+            return Launch(_even(steps, 4), 1, 2, 1, True)
         return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
+    stages = 3 if steps <= SHORT_STEPS else 2
+    if bits == REGISTER_BITS:  # few registers are left for what is under way
+        stages -= 1
     if round_of_tiles == 2 and steps > MAX_WARPS:
-        return Launch(_even(steps, MAX_WARPS), 1, 2, 2, full)
-    splits = _even(steps, MAX_WARPS // 2 if steps > MAX_WARPS // 2 else 4)
-    if bits < REGISTER_BITS and full:
-        return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 2, False)
+        most = 11 if full and bits == MIN_BITS else MAX_WARPS
+        return Launch(_even(steps, most), 1, stages, stages, full)
+    splits = _even(steps, MAX_WARPS // 2 if steps > SHORT_STEPS else 4)
+    short = steps <= SHORT_STEPS or round_of_tiles == 2
+    if full and (bits < BUSY_BITS or (bits == BUSY_BITS and short)):
+        return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 1, False)
     if round_of_tiles == 2:
         return Launch(_even(steps, MAX_WARPS // 2), 1, 3, 1, True)
-    teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 else 2
-    return Launch(splits, teams, 3 if bits < REGISTER_BITS or splits < MAX_WARPS // 2 else 2, 1, True)
+    teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 and bits != REGISTER_BITS else 2
+    return Launch(splits, teams, stages, 1, bits > MIN_BITS)
+
+
+def _several_rows(steps: int, round_of_tiles: int, full: bool, bits: int, rows: int) -> Launch:
+    alone = round_of_tiles == 1
+    stages = 1 if rows > 4 else 2
+    if steps > SHORT_STEPS and (alone or (round_of_tiles == 2 and not full)):
+        stages = 1 if alone else stages
+        return Launch(_even(steps, MAX_WARPS), 1, stages, stages, False, alone)
+    if rows > 2 and round_of_tiles == 2:
+        stages = 1
+    late = alone or (bits >= BUSY_BITS and steps > SHORT_STEPS and round_of_tiles > 2)
+    if steps <= SHORT_STEPS:
+        return Launch(_even(steps, 4), min(4, max(rows, round_of_tiles)), stages, stages, late, alone)
+    return Launch(_even(steps, MAX_WARPS // 2), 2, stages, stages, late, alone)
+
+
+def choose_in_chain(out_features: int, in_features: int, bits: int, processors: int) -> Launch:
+    """The launch, before :func:`fit`, for one row of x and kernels before and after that take turns
+    (:func:`reserved_bytes`): they cannot gather, so the next one may come early."""
+    steps, round_of_tiles, _ = _shape(out_features, in_features, processors)
+    if round_of_tiles == 1:
+        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, False)
+    if steps <= SHORT_STEPS:
+        return Launch(_even(steps, 4), min(3, round_of_tiles), 1, 1, False)
+    stages = 1 if bits == REGISTER_BITS else 2
+    late = bits >= BUSY_BITS  # else the next kernel's weights come before this one's x
+    if round_of_tiles > 2:
+        return Launch(_even(steps, MAX_WARPS // 2), 2, stages, stages, late)
+    if steps > MAX_WARPS:
+        return Launch(_even(steps, MAX_WARPS), 1, stages, stages, late)
+    return Launch(_even(steps, MAX_WARPS // 2), 1 if late else 2, stages, 1, late)
+
+
+def _shape(out_features: int, in_features: int, processors: int) -> tuple[int, int, bool]:
+    """Steps of a row; tiles of the busiest block; whether almost all blocks have as many."""
+    tiles = _up(out_features, TILE)
+    round_of_tiles = _up(tiles, processors)
+    return _up(in_features, STEP), round_of_tiles, tiles >= FULL * round_of_tiles * processors
 
 
 def fit(

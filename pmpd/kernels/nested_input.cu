@@ -1,4 +1,4 @@
-// What comes before the product: norm or gate, and inputs as digits for the integer tensor cores.
+// What comes before the product: the norm, and inputs as digits for the integer tensor cores.
 
 struct Input {
     const u16 *x, *norm_weight;  // at this lane's first column
@@ -12,7 +12,7 @@ __device__ __forceinline__ float element(const uint4& raw, int i) {
 }
 constexpr int CHUNK = 2;  // steps of x in registers at once
 struct Raw {              // eight inputs of each
-    uint4 x[CHUNK], up[PROLOGUE == 2 ? CHUNK : 1];
+    uint4 x[CHUNK];
 };
 __device__ __forceinline__ uint4 load8(const u16* p, bool there) {
     uint4 v;
@@ -23,25 +23,19 @@ __device__ __forceinline__ uint4 load8(const u16* p, bool there) {
 }
 // Row m of x from `ahead` columns after this lane's first, and from `hop` columns further.
 __device__ __forceinline__ void fetch(Raw& raw, const Input& in, int m, int ahead, int hop) {
-    const u16* row = in.x + size_t(m) * in.in_features * (PROLOGUE == 2 ? 2 : 1) + ahead;
+    const u16* row = in.x + size_t(m) * in.in_features + ahead;
     #pragma unroll
-    for (int c = 0; c < CHUNK; c++) {
-        raw.x[c] = load8(row + c * hop, ahead + c * hop < in.left);
-        if (PROLOGUE == 2) raw.up[c] = load8(row + in.in_features + c * hop, ahead + c * hop < in.left);
-    }
+    for (int c = 0; c < CHUNK; c++) raw.x[c] = load8(row + c * hop, ahead + c * hop < in.left);
 }
 // Inputs as the product sees them, but for the norm's factor, which the end applies. Adds their squares before the norm's
 // weight.
 __device__ __forceinline__ void decode(float (&v)[8], float& squares, const Raw& raw, int c, const Input& in, int ahead) {
     #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = element(raw.x[c], i);
-#if PROLOGUE == 1
+#if NORM
     uint4 scale = load8(in.norm_weight + ahead, ahead < in.left);
     #pragma unroll
     for (int i = 0; i < 8; i++) squares += v[i] * v[i], v[i] *= element(scale, i);
-#elif PROLOGUE == 2
-    #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = __fdividef(v[i], 1.0f + __expf(-v[i])) * element(raw.up[c], i);
 #endif
 }
 __device__ __forceinline__ float warp_sum(float v) {
@@ -129,7 +123,7 @@ __device__ __forceinline__ void stage(u8* digits, int stride, Staged& s, const I
             }
         }
         const int sum = __reduce_add_sync(~0u, sums[0] + 256 * sums[1]);
-        if (PROLOGUE == 1) squares = warp_sum(squares);
+        if (NORM) squares = warp_sum(squares);
         if (lane == 0) {
             float step = magnitude * (1.0f / LARGEST_INTEGER);
             s.step[m][split] = step, s.sum[m][split] = step * float(sum), s.squares[m][split] = squares;

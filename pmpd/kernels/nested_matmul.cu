@@ -1,8 +1,8 @@
 // The product with a nested weight, and the weight decoded to half precision.
 
-// Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features];
-// norm_weight, residual and bias may be null. `early` of the STAGES steps are asked for before the kernels before have
-// ended; `late` lets the next kernel come only once x is here.
+// Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
+// or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for
+// before the kernels before have ended; `late` lets the next kernel come only once x is here.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,
@@ -57,7 +57,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     Input input = {x + column, norm_weight + column, rows, in_features, in_features - column};
     u8* my_column = digits + column;
     asm volatile("" : "+l"(input.x), "+r"(input.left), "+l"(my_column));  // computed now, not after the wait
-#if PROLOGUE == 1
+#if NORM
     if (team == 0 && lane % 8 == 0)
         for (int k = split * STEP + 8 * lane; k < in_features; k += splits * STEP)
             asm volatile("prefetch.global.L2 [%0];" ::"l"(norm_weight + k));
@@ -117,12 +117,11 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
                         #pragma unroll
                         for (int n = 0; n < NT; n++) {
                             u32 b0 = k ? b[n].z : b[n].x, b1 = k ? b[n].w : b[n].y;
-                            mma(high[n], r0.high[0][0], r1.high[0][0], r0.high[0][1], r1.high[0][1], b0, b1);
-                            mma(low[n], r0.low[0][0], r1.low[0][0], r0.low[0][1], r1.low[0][1], b0, b1);
-#if BITS == 4  // of the two table halves one is zero: adding them here is cheaper than blending
-                            mma(high[n], r0.high[1][0], r1.high[1][0], r0.high[1][1], r1.high[1][1], b0, b1);
-                            mma(low[n], r0.low[1][0], r1.low[1][0], r0.low[1][1], r1.low[1][1], b0, b1);
-#endif
+                            #pragma unroll
+                            for (int e = 0; e < EIGHTHS; e++) {  // all but one are zero: adding them is cheaper than blending
+                                mma(high[n], r0.high[e][0], r1.high[e][0], r0.high[e][1], r1.high[e][1], b0, b1);
+                                mma(low[n], r0.low[e][0], r1.low[e][0], r0.low[e][1], r1.low[e][1], b0, b1);
+                            }
                         }
                     }
                 }
@@ -143,30 +142,41 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     __syncthreads();
 
     // Four lanes for an output, each with a quarter of the splits; i counts lanes, always of whole warps.
+    constexpr int PARTS = GATED ? 2 : 1, OUTPUTS = TILE / PARTS;  // rows of the weight in an output; outputs of a tile
     #pragma unroll 1
-    for (int i = threadIdx.x; i < my_tiles * ROWS * TILE * 4; i += blockDim.x) {
-        const int r = i / 4 % TILE, m = i / (4 * TILE) % ROWS, local = i / (4 * TILE * ROWS);
-        float product = 0, sum = 0, squares = 0;
+    for (int i = threadIdx.x; i < my_tiles * ROWS * OUTPUTS * 4; i += blockDim.x) {
+        const int r = i / 4 % OUTPUTS, m = i / (4 * OUTPUTS) % ROWS, local = i / (4 * OUTPUTS * ROWS);
+        float product[PARTS] = {}, sum = 0, squares = 0, value[PARTS];
         #pragma unroll 1
         for (int k = i % 4; k < splits; k += 4) {
-            product += partial[((local * splits + k) * ROWS + m) * TILE + r];
+            #pragma unroll
+            for (int h = 0; h < PARTS; h++)
+                product[h] += partial[((local * splits + k) * ROWS + m) * TILE + r + OUTPUTS * h];
             sum += staged.sum[m][k];
-            if (PROLOGUE == 1) squares += staged.squares[m][k];
+            if (NORM) squares += staged.squares[m][k];
         }
-        const float2 scale = block_scales[local * TILE + r];
-        float value = scale.x * product + scale.y * sum;
+        #pragma unroll
+        for (int h = 0; h < PARTS; h++) {
+            const float2 scale = block_scales[local * TILE + r + OUTPUTS * h];
+            value[h] = scale.x * product[h] + scale.y * sum;
+        }
         #pragma unroll
         for (int d = 1; d < 4; d *= 2) {
-            value += __shfl_xor_sync(~0u, value, d);
-            if (PROLOGUE == 1) squares += __shfl_xor_sync(~0u, squares, d);
+            #pragma unroll
+            for (int h = 0; h < PARTS; h++) value[h] += __shfl_xor_sync(~0u, value[h], d);
+            if (NORM) squares += __shfl_xor_sync(~0u, squares, d);
         }
         const int row = (first_tile + local) * TILE + r;
         if (i % 4 || m >= rows || row >= out_features) continue;
-        if (PROLOGUE == 1) value *= rsqrtf(squares / in_features + norm_eps);
-        if (bias) value += to_float(bias[row]);
-        const size_t at = size_t(m) * out_features + row;
-        if (residual) value += to_float(residual[at]);
-        out[at] = from_float(value);
+        #pragma unroll
+        for (int h = 0; h < PARTS; h++) {
+            if (NORM) value[h] *= rsqrtf(squares / in_features + norm_eps);
+            if (bias) value[h] += to_float(bias[row + OUTPUTS * h]);
+        }
+        if (GATED) value[0] *= value[PARTS - 1] / (1.0f + __expf(-value[0]));
+        const size_t at = size_t(m) * (out_features / PARTS) + (first_tile + local) * OUTPUTS + r;
+        if (residual) value[0] += to_float(residual[at]);
+        out[at] = from_float(value[0]);
     }
 }
 
@@ -201,10 +211,9 @@ extern "C" __global__ void dequantize(const u32* packed, const u8* tables, const
             u32 words[4];
             #pragma unroll
             for (int i = 0; i < 8; i++) {
-                u32 h = d.high[0][i / 4], l = d.low[0][i / 4];
-#if BITS == 4
-                h |= d.high[1][i / 4], l |= d.low[1][i / 4];
-#endif
+                u32 h = 0, l = 0;
+                #pragma unroll
+                for (int e = 0; e < EIGHTHS; e++) h |= d.high[e][i / 4], l |= d.low[e][i / 4];
                 int shift = 8 * (i % 4);
                 float value = scale.x * float(((h >> shift) & 0xffu) * BASE + ((l >> shift) & 0xffu)) + scale.y;
                 u32 bits = from_float(value);

@@ -1,10 +1,10 @@
 // A nested weight: copied into shared memory, its tables looked up eight weights at a time. Followed by nested_input.cu and
 // nested_matmul.cu, which are one program with this. device.py explains the storage, cuda.py the design.
 //
-// Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; PROLOGUE 0 none, 1 RMSNorm
-// of x, 2 silu(gate) * up; GROUPED 0 or 1 (a table for each group_size columns, else for each row); STAGES steps of
-// weights that a warp has under way; RAGGED 0 or 1 (columns that STEP does not divide); ONCE 1 or 0 (a warp's columns of x
-// stay in registers). Short kernels wait for their own instructions, so what a shape does not need is left out.
+// Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; NORM 0 or 1 (RMSNorm of
+// x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is silu(gate) * up); GROUPED 0 or 1 (a table
+// for each group_size columns, else for each row); STAGES steps of weights that a warp has under way; RAGGED 0 or 1
+// (columns that STEP does not divide); ONCE 1 or 0 (a warp's columns of x stay in registers). Short kernels wait for their own instructions, so what a shape does not need is left out.
 // Nothing is included: NVRTC comes without CUDA's headers.
 
 typedef unsigned int u32;
@@ -20,8 +20,9 @@ constexpr int PLANE_BYTES = TILE * STEP / 8;
 constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
 constexpr int DIGITS = 2;                    // of an input: columns of the mma
 constexpr int NT = (ROWS * DIGITS + 7) / 8;  // mma of 8 columns
-constexpr int BASE = BITS == 4 ? 128 : 256;  // of a table's digits
-constexpr bool REGISTER_TABLE = BITS <= 4;
+constexpr bool REGISTER_TABLE = BITS <= 5;
+constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
+constexpr int BASE = EIGHTHS > 1 ? 128 : 256;                              // of a table's digits
 constexpr int TABLE_BYTES = 2 << BITS;  // of a row (and group)
 constexpr int MAX_THREADS = 512;
 constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
@@ -157,8 +158,8 @@ __device__ __forceinline__ u32 upper_plane(const Unit& x, int j, int half, int p
     return plane_word(x, j, half) << part;
 }
 
-struct Digits {  // high and low digits of eight weights, one byte each; the second of two halves is all of one table half
-    u32 high[2][2], low[2][2];
+struct Digits {  // high and low digits of eight weights, one byte each; of several tables all but one yield zeros
+    u32 high[EIGHTHS][2], low[EIGHTHS][2];
 };
 
 __device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, const u8* memory, int half, int part) {
@@ -178,17 +179,27 @@ __device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, cons
         d.high[0][k] = permute(row[0], row[1], s);
         d.low[0][k] = permute(row[2], row[3], s);
     }
-#elif BITS == 4
-    // A selector's bit 3 replicates the sign of the byte: digits have 7 bits, so it yields zero.
+#elif BITS <= 5
+    // A selector's bit 3 replicates the sign of the byte: digits have 7 bits, so it yields zero. It is set in the tables
+    // of eight that an entry is not in.
     u32 three = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u);
     u32 fourth = upper_plane(x, 1, half, part);
-    u32 clear = pick(three, fourth, 0x77777777u), set = pick_inverted(three, fourth, 0x77777777u);
+#if BITS == 5
+    u32 fifth = upper_plane(x, 2, half, part);
+#endif
     #pragma unroll
-    for (int k = 0; k < 2; k++, clear >>= 16, set >>= 16) {
-        d.high[0][k] = permute(row[0], row[1], clear);
-        d.high[1][k] = permute(row[2], row[3], set);
-        d.low[0][k] = permute(row[4], row[5], clear);
-        d.low[1][k] = permute(row[6], row[7], set);
+    for (int e = 0; e < EIGHTHS; e++) {
+#if BITS == 5
+        u32 elsewhere = (e & 1 ? ~fourth : fourth) | (e & 2 ? ~fifth : fifth);
+        u32 s = pick(three, elsewhere, 0x77777777u);
+#else
+        u32 s = e ? pick_inverted(three, fourth, 0x77777777u) : pick(three, fourth, 0x77777777u);
+#endif
+        #pragma unroll
+        for (int k = 0; k < 2; k++, s >>= 16) {
+            d.high[e][k] = permute(row[2 * e], row[2 * e + 1], s);
+            d.low[e][k] = permute(row[2 * EIGHTHS + 2 * e], row[2 * EIGHTHS + 2 * e + 1], s);
+        }
     }
 #else
     u32 three = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u);

@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 
 CACHE_ENTRY_VERSION = 1
 SHARED_BYTES_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-DEFAULT_SHARED_BYTES = 48 * 1024
-"""Dynamic shared memory that a block gets without asking (CUDA C++ Programming Guide, "Compute Capabilities")."""
+CARVEOUT_ATTRIBUTE = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+CARVEOUT = 100
+"""Percent of a processor's fast memory that is shared memory, the same for all kernels: a processor that must change it
+between two kernels runs empty first."""
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 PROGRAMMATIC_CAPABILITY = (9, 0)
 
@@ -82,9 +84,11 @@ class Function:
         device = torch.cuda.current_device()
         values = [_c_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        if shared_bytes > self._shared_limits.get(device, DEFAULT_SHARED_BYTES):
+        if device not in self._shared_limits:
+            _check(_driver().cuKernelSetAttribute(CARVEOUT_ATTRIBUTE, CARVEOUT, self.handle, device))
+        if shared_bytes > self._shared_limits.get(device, 0):  # what the kernel declares itself comes on top
             _check(_driver().cuKernelSetAttribute(SHARED_BYTES_ATTRIBUTE, shared_bytes, self.handle, device))
-            self._shared_limits[device] = shared_bytes
+        self._shared_limits[device] = max(shared_bytes, self._shared_limits.get(device, 0))
         config = _LaunchConfig(
             (ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))),
             (ctypes.c_uint * 3)(*block, *(1,) * (3 - len(block))),

@@ -57,6 +57,16 @@ class Outliers:
         values, columns, counts = (torch.cat([getattr(part, name) for part in parts]) for name in FIELDS[:3])
         return cls(values, columns, counts, parts[0].in_features)
 
+    def rows(self, order: Tensor) -> Outliers:
+        """Of the matrix whose row i is this one's row ``order[i]``, int64 on the same device."""
+        counts = self.counts.long()
+        starts, taken = (counts.cumsum(0) - counts)[order], counts[order]
+        within = torch.arange(len(self.values), device=order.device)
+        within -= (taken.cumsum(0) - taken).repeat_interleave(taken)
+        places = starts.repeat_interleave(taken) + within
+        columns = self.columns.long()[places].to(self.columns.dtype)
+        return Outliers(self.values[places], columns, taken.to(self.counts.dtype), self.in_features)
+
     def to(self, device: torch.device | str) -> Outliers:
         """On ``device``."""
         return Outliers(self.values.to(device), self.columns.to(device), self.counts.to(device), self.in_features)

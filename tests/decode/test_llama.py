@@ -148,6 +148,7 @@ def test_fusing_shares_nothing_twice(tmp_path: Path) -> None:
     [
         ("phi", {}, "model type phi is not of the Llama family"),
         ("llama", {"hidden_act": "gelu"}, "its activation is gelu"),
+        ("llama", {"intermediate_size": 100}, "intermediate size 100 is not a multiple of 8"),
         ("mistral", {"sliding_window": 6}, "sliding window of 6 tokens"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rotary embedding is of type dynamic"),
     ],

@@ -1,10 +1,11 @@
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pmpd.kernels import CudaUnavailableError, cuda, nvrtc
+from pmpd.kernels import CudaUnavailableError, nvrtc, product
 
 SCALE = """
 extern "C" __global__ void scale(const float* x, float* out, float factor, int n) {
@@ -47,16 +48,17 @@ def test_machine_code_is_published_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("choices", [(2, 1, 0, 0, 0, 3, 0, 1), (4, 8, 1, 1, 0, 2, 1, 0), (7, 4, 0, 2, 1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "choices", [(2, 1, 0, 0, 1, 0, 3, 0, 1), (4, 8, 1, 1, 0, 0, 2, 1, 0), (7, 4, 0, 1, 1, 1, 1, 1, 1)]
+)
 def test_the_products_kernels_compile_without_a_device(choices: tuple[int, ...], architecture: str) -> None:
     try:
         nvrtc.nvrtc_version()
     except RuntimeError as error:
         pytest.skip(f"needs NVRTC: {error}")
-    source = "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in cuda.SOURCES)
-    names = ("BITS", "ROWS", "BFLOAT", "PROLOGUE", "GROUPED", "STAGES", "RAGGED", "ONCE")
+    names = ("BITS", "ROWS", "BFLOAT", "NORM", "GATED", "GROUPED", "STAGES", "RAGGED", "ONCE")
     options = [f"-D{name}={value}" for name, value in zip(names, choices, strict=True)]
-    assert nvrtc.cubin(source, options, architecture)[:4] == b"\x7fELF"
+    assert nvrtc.cubin(product.source(), options, architecture)[:4] == b"\x7fELF"
 
 
 def test_the_joint_quantisers_kernels_compile_without_a_device() -> None:
@@ -72,6 +74,25 @@ def test_the_joint_quantisers_kernels_compile_without_a_device() -> None:
 def test_without_a_device_compiling_is_refused() -> None:
     with pytest.raises(CudaUnavailableError, match="CUDA device"):
         nvrtc.compile(SCALE)
+
+
+def test_shared_memory_is_asked_for_beside_what_a_kernel_declares_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    driver = SimpleNamespace(
+        cuKernelSetAttribute=lambda attribute, value, kernel, device: asked.append((attribute, value)) or 0,
+        cuLaunchKernelEx=lambda *arguments: 0,
+    )
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    kernel = nvrtc.Function("kernel", nvrtc.ctypes.c_void_p())
+    for shared_bytes in (0, 47 * 1024, 1024, 47 * 1024, 90 * 1024):
+        kernel((1,), (32,), 1, shared_bytes=shared_bytes)
+    assert asked == [
+        (nvrtc.CARVEOUT_ATTRIBUTE, nvrtc.CARVEOUT),
+        (nvrtc.SHARED_BYTES_ATTRIBUTE, 47 * 1024),  # under 48 KiB too: the kernel's own comes on top
+        (nvrtc.SHARED_BYTES_ATTRIBUTE, 90 * 1024),
+    ]
 
 
 @pytest.mark.gpu

@@ -143,6 +143,26 @@ def test_a_cell_with_recorded_gpu_times_runs_whole_without_a_gpu(store, tiny_lla
     assert "NPU" not in text
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cell_on_the_gpu_at_hand_times_its_own_schedules(store, tiny_llama, tmp_path):
+    lines = ["model=hf", f"model.path={tiny_llama}", "model.dtype=float16", "model.high_bits=4", "model.low_bits=2"]
+    lines += ["data=samples", "budget=tiny", "task.overlong=truncate", "task.max_new_tokens=9", "tracking=disabled"]
+    lines += ["task.metrics=[rouge_l]", "scheduler=static", "scheduler.switch_step=3", "hardware=gpu", "device=cuda"]
+    config = cell(*lines, f"store={store.root}")
+    run_cell(config, tmp_path / "out")
+    frame = pd.read_csv(tmp_path / "out" / "results.csv")
+    own = frame[frame.scheduler == "static"].set_index("metric")
+    assert own.loc["gpu_decode_throughput", "value"] > 0
+    assert "fused kernels under CUDA graphs; the model's weights" in own.loc["gpu_decode_throughput", "unit"]
+    assert torch.cuda.get_device_name() in own.loc["gpu_decode_throughput", "unit"]
+    for cache in ("hot", "flushed"):
+        assert own.loc[f"linear_64x64_2_bits_{cache}", "value"] > 0
+    assert "GPU over high" in (tmp_path / "out" / "table.md").read_text()
+    again = Planner(config, store).cell()
+    assert {store.status(node) for node in (again.latency, again.linears)} == {"cached"}
+
+
 def put(store: Store, node: Node, content: dict[str, object]) -> None:
     """Publish ``node`` as if it had been built elsewhere: its inputs stay to be made."""
     work = store.root / node.stage / f"{node.key}.0.work"

@@ -39,6 +39,16 @@ def test_stacked_matrices_have_stacked_outliers() -> None:
     assert torch.equal(both.add_to(dense), expected)
 
 
+def test_rows_in_another_order_take_their_outliers_along() -> None:
+    weight = matrix(6)
+    outliers = take_outliers(weight, torch.zeros_like(weight), highest(weight.abs(), 40))
+    order, dense = torch.tensor([4, 1, 5, 0, 3, 2]), matrix(6, seed=9)
+    moved = outliers.rows(order)
+    assert torch.equal(moved.add_to(dense[order]), outliers.add_to(dense)[order])
+    assert torch.equal(torch.stack(moved.places(), 1), moved.add_to(torch.zeros(6, 50)).nonzero())
+    assert (moved.columns.dtype, moved.counts.dtype) == (outliers.columns.dtype, outliers.counts.dtype)
+
+
 def test_of_equal_scores_the_first_are_taken() -> None:
     assert highest(torch.ones(2, 4), 3).tolist() == [[True] * 3 + [False], [False] * 4]
 

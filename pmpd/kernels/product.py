@@ -1,0 +1,208 @@
+"""Launches of the kernels in ``nested_*.cu``: a product with few rows, and a weight decoded for many.
+
+``launch.py`` says how large a launch is. Arguments are taken as they come: ``cuda.py`` checks them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from pmpd.kernels import launch, nvrtc
+from pmpd.kernels.device import TILE, UNIT, DeviceWeight
+from pmpd.kernels.errors import CudaUnavailableError
+from pmpd.kernels.launch import MAX_ROWS, Launch
+
+MIN_CAPABILITY = (8, 0)
+SOURCES = ("nested_weight.cu", "nested_input.cu", "nested_matmul.cu")
+"""One program in this order."""
+DECODE_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A :class:`DeviceWeight` at one precision; ``group_size`` is 0 for whole rows."""
+
+    packed: Tensor
+    table: Tensor
+    scales: Tensor
+    bits: int
+    out_features: int
+    in_features: int
+    group_size: int
+
+    @classmethod
+    def of(cls, weight: DeviceWeight, bits: int) -> Operand:
+        """``weight`` at ``bits`` bits, which it has."""
+        shape = (weight.out_features, weight.in_features, weight.group_size or 0)
+        return cls(weight.packed, weight.tables[bits], weight.scales[bits], bits, *shape)
+
+    @property
+    def groups(self) -> int:
+        return self.table.shape[1]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What a product does beside multiplying, as :func:`pmpd.kernels.cuda.matmul` says."""
+
+    norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
+    gated: bool = False
+    residual: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch | None = None) -> int:
+    """Multiply as many of x's rows as one launch can, and return their number.
+
+    Args:
+        x: ``[rows, in]``, contiguous, 16-byte aligned, as ``fused.norm_weight`` is.
+        out: ``[rows, out]``, or half as wide if gated.
+        plan: for sweeps.
+    """
+    gpu = describe(x.device.index)
+    shape = (weight.bits, weight.out_features, weight.in_features)
+    rows = min(x.shape[0], MAX_ROWS)
+    plan = plan or _plan(weight, fused, rows, gpu.processors)
+    plan = launch.fit(plan, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
+    module = _module(
+        gpu.capability,
+        weight.bits,
+        plan.capacity,
+        x.dtype,
+        fused.norm_weight is not None,
+        fused.gated,
+        weight.groups > 1,
+        plan.stages,
+        weight.in_features % launch.STEP != 0,
+        plan.once(weight.in_features),
+    )
+    module["nested_matmul"](
+        (plan.blocks,),
+        (plan.threads,),
+        x,
+        weight.packed,
+        weight.table,
+        weight.scales,
+        out,
+        fused.norm_weight,
+        None if fused.residual is None else fused.residual.contiguous(),
+        None if fused.bias is None else fused.bias.contiguous(),
+        float(fused.norm_eps),
+        plan.rows,
+        weight.out_features,
+        weight.in_features,
+        weight.group_size or weight.in_features,
+        weight.groups,
+        plan.splits,
+        plan.early,
+        int(plan.late),
+        shared_bytes=max(plan.shared_bytes(*shape, weight.groups), _reserved_bytes(plan, fused, gpu)),
+        programmatic=True,
+    )
+    return plan.rows
+
+
+def _plan(weight: Operand, fused: Fused, rows: int, processors: int) -> Launch:
+    if rows == 1 and (fused.norm_weight is not None or fused.residual is not None):
+        return launch.choose_in_chain(weight.out_features, weight.in_features, weight.bits, processors)
+    return launch.choose(weight.out_features, weight.in_features, weight.bits, rows, processors)
+
+
+def _reserved_bytes(plan: Launch, fused: Fused, gpu: Gpu) -> int:
+    """In a block of a model, products that add a residual and products that begin with a norm take turns."""
+    if plan.alone or fused.residual is not None:
+        return launch.reserved_bytes(gpu.shared_bytes, alone=True)
+    return launch.reserved_bytes(gpu.shared_bytes, alone=False) if fused.norm_weight is not None else 0
+
+
+def decode(weight: Operand, first_row: int, out: Tensor) -> None:
+    """Rows of the weight from ``first_row`` (a multiple of 16) on into ``out`` ``[rows, in]``."""
+    rows, in_features = out.shape
+    with torch.cuda.device(out.device):
+        ragged = in_features % launch.STEP != 0
+        capability = describe(out.device.index).capability
+        module = _module(capability, weight.bits, 1, out.dtype, False, False, weight.groups > 1, 1, ragged, True)
+        module["dequantize"](
+            (-(-in_features // (DECODE_WARPS * UNIT)), -(-rows // TILE)),
+            (32 * DECODE_WARPS,),
+            weight.packed,
+            weight.table,
+            weight.scales,
+            out,
+            weight.out_features,
+            in_features,
+            weight.group_size or in_features,
+            weight.groups,
+            first_row // TILE,
+            first_row + rows,
+        )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Attributes:
+    capability: compute capability.
+    processors: their number.
+    shared_bytes: most shared memory of a block.
+    """
+
+    capability: tuple[int, int]
+    processors: int
+    shared_bytes: int
+
+
+@functools.cache
+def describe(index: int) -> Gpu:
+    """The GPU ``index``.
+
+    Raises:
+        CudaUnavailableError: it is older than the kernels' instructions.
+    """
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    if capability < MIN_CAPABILITY:
+        raise CudaUnavailableError(
+            f"{properties.name} has compute capability {properties.major}.{properties.minor}; the kernels for nested "
+            f"weights need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} (Ampere) or later: use device=cpu"
+        )
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return Gpu(capability, properties.multi_processor_count, shared_bytes)
+
+
+def source() -> str:
+    """The program, CUDA C++."""
+    return "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in SOURCES)
+
+
+@functools.cache
+def _module(
+    capability: tuple[int, int],
+    bits: int,
+    rows: int,
+    dtype: torch.dtype,
+    norm: bool,
+    gated: bool,
+    grouped: bool,
+    stages: int,
+    ragged: bool,
+    once: bool,
+) -> nvrtc.Module:
+    """For the current device, whose ``capability`` is part of the cache's key."""
+    choices = {
+        "BITS": bits,
+        "ROWS": rows,
+        "BFLOAT": dtype == torch.bfloat16,
+        "NORM": norm,
+        "GATED": gated,
+        "GROUPED": grouped,
+        "STAGES": stages,
+        "RAGGED": ragged,
+        "ONCE": once,
+    }
+    return nvrtc.compile(source(), [f"-D{name}={int(value)}" for name, value in choices.items()])
