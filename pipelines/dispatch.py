@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -61,11 +61,11 @@ Watch = Callable[[Job], None]
 """Told of every change of a job's phase."""
 
 
-def jobs_for(targets: Iterable[Node], store: Store) -> dict[str, Job]:
+def jobs_for(targets: Iterable[Node], store: Store, first: Container[str] = ()) -> dict[str, Job]:
     """The jobs that build what is missing of ``targets``, by key, in an order that can be run.
 
-    What is cached hides what it was made of. Targets are small results that a report will read, so their digests are
-    checked, and a damaged one counts as missing.
+    Stages of ``first`` come first. What is cached hides what it was made of. Targets are small results that a report
+    will read, so the digests of what it reads (JSON) are checked, and a damaged one counts as missing.
     """
     wanted = {node.key: node for node in targets}
     jobs: dict[str, Job] = {}
@@ -85,7 +85,7 @@ def jobs_for(targets: Iterable[Node], store: Store) -> dict[str, Job]:
     for node in wanted.values():
         if node.key not in seen:
             visit(node)
-    return jobs
+    return dict(sorted(jobs.items(), key=lambda item: item[1].node.stage not in first))
 
 
 def is_there(store: Store, node: Node, *, check: bool) -> bool:
@@ -94,7 +94,7 @@ def is_there(store: Store, node: Node, *, check: bool) -> bool:
         return False
     if check:
         try:
-            store.verify(node)
+            store.verify(node, ".json")
         except DamagedArtifactError as error:
             log.warning("damaged artifact, built again: %s", error)
             return False

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
 from pipelines.answer import ANSWERED, answer
-from pipelines.report import PAPER, Missing, compose_grid, report_cells
+from pipelines.grid import compose_grid
+from pipelines.report import PAPER, Missing, report_cells
 from pipelines.sweep import Sweep, entry
 from pipelines.track import Tracking, group_of
 from pmpd.artifacts import Store

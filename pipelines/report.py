@@ -9,7 +9,6 @@ A cell that is missing is named with the command that fills it.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import shlex
 import sys
@@ -18,18 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines.gpu import gpu_cell, write_gpu_report
+from pipelines.grid import compose_grid
 from pipelines.machines import npu_of
 from pipelines.plan import Cell, Planner
-from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, read_json
-from pmpd.config import Config, ReportKind, from_omegaconf, max_new_tokens
+from pmpd.config import Config, ReportKind, max_new_tokens
 from pmpd.records import Schedule
 from pmpd.report import (
     CellRecord,
@@ -51,7 +47,6 @@ from pmpd.stages.evaluate import RESULTS_FILE
 log = logging.getLogger("pmpd.report")
 
 LINEARS_CAPTION = "random weights, by the profiler's self CUDA time as in the paper"
-CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPER = Path("outputs/paper")
 MANY = 5
 """More cells than this get a figure with a row each: points among each other say less."""
@@ -63,21 +58,6 @@ class Missing:
 
     command: str
     reason: str
-
-
-def grid_of(overrides: Sequence[str]) -> list[list[str]]:
-    """The override lists of every cell: an experiment's own sweep, with what is given on the command line."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    swept = {o.get_key_element(): list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()}
-    plain = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-    base = compose("config", overrides=plain, return_hydra_config=True)
-    params = dict(base.hydra.sweeper.params or {})
-    named = {o.get_key_element() for o in parsed}
-    for override in OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items() if k not in named]):
-        key = override.get_key_element()
-        swept[key] = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
-    axes = [[f"{key}={value}" for value in values] for key, values in swept.items()]
-    return [[*plain, *choice] for choice in itertools.product(*axes)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +80,7 @@ def collect(cells: Sequence[Sequence[str]], configs: Sequence[Config]) -> Collec
             cell = Planner(config, store, reading=True).cell()
             found += [(cell, record) for record in cell_records([cell], store)]
         except (ValueError, FileNotFoundError, StoreError) as error:
-            failures = [store.failure(n) for n in cell.targets] if cell is not None else []
+            failures = [store.failure(n) for n in cell.read] if cell is not None else []
             reason = next((f for f in failures if f), str(error))
             missing.append(Missing(_command(overrides), reason))
     return Collected(found, missing)
@@ -202,19 +182,6 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
     return text
 
 
-def compose_grid(overrides: Sequence[str]) -> tuple[list[list[str]], list[Config]]:
-    """The overrides and the configuration of every cell of a grid.
-
-    Raises:
-        ValueError, HydraException, OmegaConfBaseException: a cell that does not compose.
-    """
-    GlobalHydra.instance().clear()
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="report"):
-        cells = grid_of(overrides)
-        return cells, [from_omegaconf(compose("config", overrides=cell)) for cell in cells]
-
-
 def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
     """Write the report of the grid behind ``overrides``; missing cells are named and returned.
 
@@ -283,7 +250,7 @@ def main() -> int:
 
 def _verified(store: Store, node: Node) -> Path:
     try:
-        return store.verify(node)
+        return store.verify(node, ".json")
     except FileNotFoundError:
         raise FileNotFoundError(f"{node.stage} {node.key} is not in the store") from None
 

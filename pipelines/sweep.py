@@ -16,7 +16,7 @@ import torch
 from pipelines.dispatch import Dispatcher, Job, Phase, jobs_for
 from pipelines.engines import Engine, open_engine
 from pipelines.gpu import gpu_cell
-from pipelines.plan import MissingSearchError, Planner
+from pipelines.plan import INPUT_STAGES, MissingSearchError, Planner
 from pipelines.preflight import check_disk, check_sources
 from pipelines.screen import CellView, Screen
 from pmpd.artifacts import MANIFEST, Node, Store, StoreError, read_json
@@ -70,7 +70,7 @@ class Sweep:
             self._plan(self.entries)
             while True:
                 targets = self._targets()
-                jobs = jobs_for(targets, self.store)
+                jobs = jobs_for(targets, self.store, INPUT_STAGES)
                 if jobs:
                     engine = engine or open_engine(launcher)
                     self._build(jobs, engine)
@@ -133,7 +133,7 @@ def targets_of(config: Config, store: Store) -> tuple[list[Node], Node | None]:
     planner = Planner(config, store)
     check_disk(planner)
     try:
-        return planner.cell().targets, None
+        return planner.cell().read, None
     except MissingSearchError:
         return [planner.search], planner.search
 
