@@ -19,12 +19,12 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
 from pipelines.answer import ANSWERED, answer
+from pipelines.engines import set_threads
 from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.plan import BASELINES, Cell, Planner
 from pipelines.preflight import cells_of, check_disk, check_sources, describe
@@ -52,7 +52,7 @@ def run_cell(config: Config, out: Path) -> None:
             f"report={config.report.value}: no cell to run; give the same choices to python pipelines/report.py"
         )
     if config.threads is not None:
-        torch.set_num_threads(config.threads)
+        set_threads(config.threads)
     store = Store(Path(config.store))
     tracking = Tracking(config, config.run_name, store)
     if config.report is ReportKind.gpu:

@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from pipelines.dispatch import Dispatcher, Job, Phase, jobs_for
-from pipelines.engines import Engine, open_engine
+from pipelines.engines import Engine, open_engine, set_threads
 from pipelines.gpu import gpu_cell
 from pipelines.plan import INPUT_STAGES, MissingSearchError, Planner
 from pipelines.preflight import check_disk, check_sources
@@ -64,7 +62,7 @@ class Sweep:
         """Plan, build, and plan again what hung on a precision search; errors are left in the entries."""
         launcher, threads = self.entries[0].config.launcher, self.entries[0].config.threads
         if threads is not None:
-            torch.set_num_threads(threads)
+            set_threads(threads)
         engine: Engine | None = None
         try:
             self._plan(self.entries)
