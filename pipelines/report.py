@@ -10,10 +10,12 @@ A cell that is missing is named with the command that fills it.
 from __future__ import annotations
 
 import logging
+import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,11 @@ from pmpd.report import (
     summary_table,
     tidy,
 )
+from pmpd.report.export import export
 from pmpd.report.npu import write_npu_report
 from pmpd.stages import read_summary
 from pmpd.stages.evaluate import RESULTS_FILE
+from pmpd.tracking import code_version
 
 log = logging.getLogger("pmpd.report")
 
@@ -188,7 +192,33 @@ def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
     ``out`` is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
     """
     cells, configs = compose_grid(overrides)
-    return report_cells(cells, configs, out or PAPER / configs[0].run_name).missing
+    out = out or PAPER / configs[0].run_name
+    done = report_cells(cells, configs, out)
+    send(out, configs[0].run_name, overrides, done.missing)
+    return done.missing
+
+
+def send(out: Path, title: str, overrides: Sequence[str], missing: Sequence[Missing]) -> None:
+    """The report as files to send: CSV and LaTeX of each table, and one page with the commands that make it again."""
+    if not (out / "table.md").exists():
+        return
+    given = shlex.join(overrides)
+    sweeps = "" if any(o.startswith("experiment=") for o in overrides) else "-m "
+    commands = [f"python pipelines/run.py {sweeps}{given}", f"python pipelines/report.py {given}"]
+    commands += [f"{cell.command}  # missing: {cell.reason}" for cell in missing]
+    page = export(out, title, commands, versions())
+    log.info("to send to somebody: %s; every table also as CSV and LaTeX beside it", page)
+
+
+def versions() -> dict[str, str]:
+    """What made a report: this code, and what it stands on."""
+    packages = ("torch", "transformers", "numpy", "hydra-core", "matplotlib")
+    return {
+        "pmpd": code_version(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def report_cells(cells: Sequence[Sequence[str]], configs: Sequence[Config], out: Path) -> Collected:

@@ -22,7 +22,6 @@ LATEX |= {
     "^": r"\textasciicircum{}",
     "\\": r"\textbackslash{}",
     "±": r"$\pm$",
-    "×": r"$\times$",
 }
 LATEX |= {"<": r"$<$", ">": r"$>$", "|": r"\textbar{}"}
 

@@ -2,9 +2,9 @@
 
     python -m tests.faults.harness [--seed N] [--only KIND] [--stage STAGE] [--keep]
 
-Every kind of fault strikes every stage that it can hit, at a random moment. An injection starts from a finished store, of
-which one artifact and all that was made of it are taken away, and is two processes: one in which the fault strikes, one
-that is given the same command again. Then:
+Every kind of fault strikes every stage that it can hit, at a random moment. An injection starts from a finished store,
+of which one artifact and all that was made of it are taken away, and is two processes: one in which the fault strikes,
+one that is given the same command again. Then:
 
 - lost: an artifact that was finished is gone or was built again (other than a truncated one), or a cell is missing;
 - corrupt: an artifact's files, or a table's, differ from those of the undisturbed run. Times differ from run to run, so
@@ -110,7 +110,7 @@ def bin_model(folder: Path) -> Path:
 
 
 def in_child(work: Callable[[], None], log_file: Path) -> int:
-    """Run ``work`` in a forked process, its words in ``log_file``; returns the exit code, negative for a signal."""
+    """Run ``work`` in a forked process, its words in ``log_file``; returns the exit code, a signal's negative."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -131,7 +131,7 @@ def in_child(work: Callable[[], None], log_file: Path) -> int:
 
 
 def run_sweeps(all_grids: Sequence[Grid], folder: Path, strike: Strike | None, mode: str = "disabled") -> None:
-    """What ``run.py -m`` does, for each grid; without the figures, which are not under test. Exits 3 with cells missing.
+    """What ``run.py -m`` does, for each grid; without the figures, which are not under test. Exits 3 if cells miss.
 
     In a child: it replaces functions of modules.
     """
@@ -173,9 +173,8 @@ class Baseline:
         found = [n for config in configs for t in Planner(config, store).cell().read for n in t.ancestors()]
         self.nodes = {n.key: n for n in found}
         self.files = {key: read_json(store.path(n) / MANIFEST)["files"] for key, n in self.nodes.items()}
-        print(
-            f"undisturbed: {len(self.nodes)} artifacts of {len(self.stages)} stages in {time.monotonic() - started:.0f} s"
-        )
+        took_s = time.monotonic() - started
+        print(f"undisturbed: {len(self.nodes)} artifacts of {len(self.stages)} stages in {took_s:.0f} s")
 
     @property
     def stages(self) -> list[str]:

@@ -1,8 +1,8 @@
 """What can go wrong in a stage, done for real inside the process that runs it. Knows the store, not the sweep.
 
 Faults strike at the n-th look of the stage at the filesystem, counted by Python's audit events (open, rename, remove,
-make, touch) from the moment the stage begins until its artifact is published: so they fall inside writes, between parts,
-in the middle of publishing, wherever a stage touches the disk.
+make, touch) from the moment the stage begins until its artifact is published: so they fall inside writes, between
+parts, in the middle of publishing, wherever a stage touches the disk.
 """
 
 from __future__ import annotations

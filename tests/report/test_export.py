@@ -15,7 +15,10 @@ from pmpd.report.export import export, latex, latex_table, tables_of
 
 HEADER = ["scheduler", "ROUGE-L [95 %]", "n"]
 ROWS = [["fp16_a", "30.7 [27.5, 34.2]", "24"], ["low & high", "11.9 [6.5, 17.7]", "24"]]
-TEXT = f"## tiny, cnndm\n\n{markdown_table(HEADER, ROWS)}\n\nA caption.\n\n## Missing\n\n{markdown_table(['a'], [['x']])}\n"
+TEXT = (
+    f"## tiny, cnndm\n\n{markdown_table(HEADER, ROWS)}\n\nA caption.\n\n"
+    f"## Missing\n\n{markdown_table(['a'], [['x']])}\n"
+)
 
 
 class _Page(HTMLParser):
