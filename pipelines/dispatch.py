@@ -41,6 +41,7 @@ class Job:
         replaces: there is an artifact, and it is damaged.
         started: by ``time.monotonic``, once it runs.
         error: why there is no artifact, once it failed.
+        inherited: it failed because something that it needs did.
     """
 
     node: Node
@@ -51,6 +52,7 @@ class Job:
     started: float | None = None
     ended: float | None = None
     error: str = ""
+    inherited: bool = False
 
     @property
     def label(self) -> str:
@@ -140,7 +142,9 @@ class Dispatcher:
             before = [jobs[key] for key in job.after]
             lost = next((b for b in before if b.phase is Phase.failed), None)
             if lost is not None:
-                self._end(job, lost.error if lost.error.startswith(lost.node.stage) else f"{lost.label}: {lost.error}")
+                cause = lost.error if lost.inherited else f"{lost.label}: {lost.error}"
+                job.inherited = True
+                self._end(job, cause)
             elif all(b.phase is Phase.done for b in before):
                 if self.engine is None or job.node.stage not in self.launcher.stages:
                     if not self._handles or job.node.stage not in OWN_MACHINE:
@@ -195,7 +199,7 @@ class Dispatcher:
     def _end(self, job: Job, error: str | None) -> None:
         job.error = error or ""
         if error is not None:
-            log.error("%s failed: %s", job.label, error)
+            log.error("%s %s: %s", job.label, "is given up" if job.inherited else "failed", error)
         self._change(job, Phase.done if error is None else Phase.failed)
 
     def _change(self, job: Job, phase: Phase) -> None:

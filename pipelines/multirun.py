@@ -54,8 +54,9 @@ def run_grid(overrides: Sequence[str], out: Path | None = None) -> list[Missing]
     store = Store(Path(first.store))
     out = out or PAPER / first.run_name
     tracking = Tracking(first, group_of(first.run_name, overrides), store)
-    Sweep(store, [entry(c, config) for c, config in zip(cells, configs, strict=True)], tracking.stages).run()
-    done = report_cells(cells, configs, out)
+    sweep = Sweep(store, [entry(c, config) for c, config in zip(cells, configs, strict=True)], tracking.stages)
+    sweep.run()
+    done = report_cells(cells, configs, out, [e.error for e in sweep.entries])
     send(out, first.run_name, overrides, done.missing)
     for cell, record in done.found:
         tracking.cell(cell, record)

@@ -72,12 +72,18 @@ class Collected:
     missing: list[Missing]
 
 
-def collect(cells: Sequence[Sequence[str]], configs: Sequence[Config]) -> Collected:
-    """Compute the keys of every cell and read what is there."""
+def collect(
+    cells: Sequence[Sequence[str]], configs: Sequence[Config], errors: Sequence[str] | None = None
+) -> Collected:
+    """Compute the keys of every cell and read what is there.
+
+    Args:
+        errors: what building each cell just ended in, if it failed; else what the store has noted of it is said.
+    """
     stores: dict[str, Store] = {}  # one each: an artifact that cells share is checked once
     found: list[tuple[Cell, CellRecord]] = []
     missing: list[Missing] = []
-    for overrides, config in zip(cells, configs, strict=True):
+    for overrides, config, told in zip(cells, configs, errors or [""] * len(cells), strict=True):
         store = stores.setdefault(config.store, Store(Path(config.store)))
         cell = None
         try:
@@ -85,7 +91,7 @@ def collect(cells: Sequence[Sequence[str]], configs: Sequence[Config]) -> Collec
             found += [(cell, record) for record in cell_records([cell], store)]
         except (ValueError, FileNotFoundError, StoreError) as error:
             failures = [store.failure(n) for n in cell.read] if cell is not None else []
-            reason = next((f for f in failures if f), str(error))
+            reason = told or next((f for f in failures if f), str(error))
             missing.append(Missing(_command(overrides), reason))
     return Collected(found, missing)
 
@@ -221,14 +227,19 @@ def versions() -> dict[str, str]:
     }
 
 
-def report_cells(cells: Sequence[Sequence[str]], configs: Sequence[Config], out: Path) -> Collected:
-    """Write a grid's report: of cells from the store, or of the grid's machines alone, as ``report`` says."""
+def report_cells(
+    cells: Sequence[Sequence[str]], configs: Sequence[Config], out: Path, errors: Sequence[str] | None = None
+) -> Collected:
+    """Write a grid's report: of cells from the store, or of the grid's machines alone, as ``report`` says.
+
+    ``errors`` are those of :func:`collect`.
+    """
     if configs[0].report is ReportKind.npu:
         write_npu_report([npu_of(config.hardware) for config in configs], out)
         return Collected([], [])
     if configs[0].report is ReportKind.gpu:
         return Collected([], _report_gpu(cells, configs, out))
-    done = collect(cells, configs)
+    done = collect(cells, configs, errors)
     if done.found:
         write_report([record for _, record in done.found], out, done.missing)
     _say_missing(done.missing)

@@ -259,7 +259,7 @@ def inject(base: Baseline, kind: str, stage: str, folder: Path, chance: random.R
 def _error_is_reported(folder: Path, words: str) -> list[str]:
     """Where some cells were finished, the table names the others with what happened."""
     tables = [p.read_text() for p in folder.glob("report*/table.md")]
-    failed = "failed:" in (folder / "log").read_text()
+    failed = " failed: " in (folder / "log").read_text()
     with_missing = [t for t in tables if "## Missing" in t]
     if failed and with_missing and not any(words in t for t in with_missing):
         return [f"no table says {words!r}"]
