@@ -17,6 +17,9 @@ from pathlib import Path
 # libgomp's threads spin between operations, so two processes on the same cores slow each other down (SmolLM2, batch
 # 16, two cores, tokens/s: 123 to 146 alone, 31 each beside a second run; with this 122 and 66). Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# numba's OpenMP layer sets torch's number of threads to its own, and times are keyed by that number.
+if "OMP_NUM_THREADS" in os.environ:
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
