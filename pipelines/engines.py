@@ -88,8 +88,7 @@ class Build:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
         logging.getLogger("numba").setLevel(logging.WARNING)
         if self.threads is not None:
-            torch.set_num_threads(self.threads)
-            numba.set_num_threads(min(self.threads, numba.get_num_threads()))
+            set_threads(self.threads)
         Store(Path(self.store), self.patience).materialize(self.node, execute)
 
     def checkpoint(self) -> Any:
@@ -342,6 +341,12 @@ def open_engine(config: LauncherConfig) -> Engine | None:
             return Slurm(config)
         case LauncherKind.ray:
             return Ray(config, cpus)
+
+
+def set_threads(threads: int) -> None:
+    """For torch and numba alike: numba's OpenMP layer sets torch's number to its own when it first runs."""
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
 
 
 def needs_of(node: Node, config: LauncherConfig) -> NeedsConfig:

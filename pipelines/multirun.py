@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
 from pipelines.answer import ANSWERED, answer
-from pipelines.report import PAPER, Missing, compose_grid, report_cells
+from pipelines.grid import compose_grid
+from pipelines.report import PAPER, Missing, report_cells, send
 from pipelines.sweep import Sweep, entry
 from pipelines.track import Tracking, group_of
 from pmpd.artifacts import Store
@@ -53,8 +54,10 @@ def run_grid(overrides: Sequence[str], out: Path | None = None) -> list[Missing]
     store = Store(Path(first.store))
     out = out or PAPER / first.run_name
     tracking = Tracking(first, group_of(first.run_name, overrides), store)
-    Sweep(store, [entry(c, config) for c, config in zip(cells, configs, strict=True)], tracking.stages).run()
-    done = report_cells(cells, configs, out)
+    sweep = Sweep(store, [entry(c, config) for c, config in zip(cells, configs, strict=True)], tracking.stages)
+    sweep.run()
+    done = report_cells(cells, configs, out, [e.error for e in sweep.entries])
+    send(out, first.run_name, overrides, done.missing)
     for cell, record in done.found:
         tracking.cell(cell, record)
     tracking.sweep(first.run_name, out, done.missing)

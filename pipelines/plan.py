@@ -41,6 +41,9 @@ from pmpd.stages.tuning import TUNE_TABLES, TuneTablesConfig
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
 
+INPUT_STAGES = (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)
+"""Built first, so that bad input is refused while nothing is lost."""
+
 
 TUNING_BATCH = 4
 """Calibration windows of a tuning step."""
@@ -68,14 +71,16 @@ class Cell:
     dense_sparse: Node | None
 
     @property
+    def read(self) -> list[Node]:
+        """What a report reads, in the order in which it is built."""
+        nodes = [self.search, self.fit, self.training, self.evaluation, self.latency, self.linears, self.gain]
+        return [node for node in nodes if node is not None]
+
+    @property
     def targets(self) -> list[Node]:
-        """In the order in which they are built: cheap checks of the inputs first."""
-        wanted = [self.search, self.evaluation, self.latency, *([self.linears] if self.linears else []), self.gain]
-        nodes = {n.key: n for target in wanted for n in target.ancestors()}
-        first = [
-            n for n in nodes.values() if n.stage in (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)
-        ]
-        return [*first, *wanted]
+        """What a run builds: cheap checks of the inputs first."""
+        nodes = {n.key: n for target in self.read for n in target.ancestors()}
+        return [*(n for n in nodes.values() if n.stage in INPUT_STAGES), *self.read]
 
 
 class MissingSearchError(ConfigError):

@@ -9,27 +9,25 @@ A cell that is missing is named with the command that fills it.
 
 from __future__ import annotations
 
-import itertools
 import logging
+import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from pipelines.gpu import gpu_cell, write_gpu_report
+from pipelines.grid import compose_grid
 from pipelines.machines import npu_of
 from pipelines.plan import Cell, Planner
-from pipelines.schema import register
 from pmpd.artifacts import Node, Store, StoreError, read_json
-from pmpd.config import Config, ReportKind, from_omegaconf, max_new_tokens
+from pmpd.config import Config, ReportKind, max_new_tokens
 from pmpd.records import Schedule
 from pmpd.report import (
     CellRecord,
@@ -44,14 +42,15 @@ from pmpd.report import (
     summary_table,
     tidy,
 )
+from pmpd.report.export import export
 from pmpd.report.npu import write_npu_report
 from pmpd.stages import read_summary
 from pmpd.stages.evaluate import RESULTS_FILE
+from pmpd.tracking import code_version
 
 log = logging.getLogger("pmpd.report")
 
 LINEARS_CAPTION = "random weights, by the profiler's self CUDA time as in the paper"
-CONF = Path(__file__).resolve().parent.parent / "conf"
 PAPER = Path("outputs/paper")
 MANY = 5
 """More cells than this get a figure with a row each: points among each other say less."""
@@ -65,21 +64,6 @@ class Missing:
     reason: str
 
 
-def grid_of(overrides: Sequence[str]) -> list[list[str]]:
-    """The override lists of every cell: an experiment's own sweep, with what is given on the command line."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    swept = {o.get_key_element(): list(o.sweep_string_iterator()) for o in parsed if o.is_sweep_override()}
-    plain = [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line]
-    base = compose("config", overrides=plain, return_hydra_config=True)
-    params = dict(base.hydra.sweeper.params or {})
-    named = {o.get_key_element() for o in parsed}
-    for override in OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items() if k not in named]):
-        key = override.get_key_element()
-        swept[key] = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
-    axes = [[f"{key}={value}" for value in values] for key, values in swept.items()]
-    return [[*plain, *choice] for choice in itertools.product(*axes)]
-
-
 @dataclass(frozen=True)
 class Collected:
     """What a grid's cells have to say: those that are there with what they hold, and those that are missing."""
@@ -88,20 +72,26 @@ class Collected:
     missing: list[Missing]
 
 
-def collect(cells: Sequence[Sequence[str]], configs: Sequence[Config]) -> Collected:
-    """Compute the keys of every cell and read what is there."""
+def collect(
+    cells: Sequence[Sequence[str]], configs: Sequence[Config], errors: Sequence[str] | None = None
+) -> Collected:
+    """Compute the keys of every cell and read what is there.
+
+    Args:
+        errors: what building each cell just ended in, if it failed; else what the store has noted of it is said.
+    """
     stores: dict[str, Store] = {}  # one each: an artifact that cells share is checked once
     found: list[tuple[Cell, CellRecord]] = []
     missing: list[Missing] = []
-    for overrides, config in zip(cells, configs, strict=True):
+    for overrides, config, told in zip(cells, configs, errors or [""] * len(cells), strict=True):
         store = stores.setdefault(config.store, Store(Path(config.store)))
         cell = None
         try:
             cell = Planner(config, store, reading=True).cell()
             found += [(cell, record) for record in cell_records([cell], store)]
         except (ValueError, FileNotFoundError, StoreError) as error:
-            failures = [store.failure(n) for n in cell.targets] if cell is not None else []
-            reason = next((f for f in failures if f), str(error))
+            failures = [store.failure(n) for n in cell.read] if cell is not None else []
+            reason = told or next((f for f in failures if f), str(error))
             missing.append(Missing(_command(overrides), reason))
     return Collected(found, missing)
 
@@ -202,36 +192,54 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
     return text
 
 
-def compose_grid(overrides: Sequence[str]) -> tuple[list[list[str]], list[Config]]:
-    """The overrides and the configuration of every cell of a grid.
-
-    Raises:
-        ValueError, HydraException, OmegaConfBaseException: a cell that does not compose.
-    """
-    GlobalHydra.instance().clear()
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="report"):
-        cells = grid_of(overrides)
-        return cells, [from_omegaconf(compose("config", overrides=cell)) for cell in cells]
-
-
 def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
     """Write the report of the grid behind ``overrides``; missing cells are named and returned.
 
     ``out`` is ``outputs/paper/<run_name>`` unless given; an experiment's ``run_name`` is its own name.
     """
     cells, configs = compose_grid(overrides)
-    return report_cells(cells, configs, out or PAPER / configs[0].run_name).missing
+    out = out or PAPER / configs[0].run_name
+    done = report_cells(cells, configs, out)
+    send(out, configs[0].run_name, overrides, done.missing)
+    return done.missing
 
 
-def report_cells(cells: Sequence[Sequence[str]], configs: Sequence[Config], out: Path) -> Collected:
-    """Write a grid's report: of cells from the store, or of the grid's machines alone, as ``report`` says."""
+def send(out: Path, title: str, overrides: Sequence[str], missing: Sequence[Missing]) -> None:
+    """The report as files to send: CSV and LaTeX of each table, and one page with the commands that make it again."""
+    if not (out / "table.md").exists():
+        return
+    given = shlex.join(overrides)
+    sweeps = "" if any(o.startswith("experiment=") for o in overrides) else "-m "
+    commands = [f"python pipelines/run.py {sweeps}{given}", f"python pipelines/report.py {given}"]
+    commands += [f"{cell.command}  # missing: {cell.reason}" for cell in missing]
+    page = export(out, title, commands, versions())
+    log.info("to send to somebody: %s; every table also as CSV and LaTeX beside it", page)
+
+
+def versions() -> dict[str, str]:
+    """What made a report: this code, and what it stands on."""
+    packages = ("torch", "transformers", "numpy", "hydra-core", "matplotlib")
+    return {
+        "pmpd": code_version(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def report_cells(
+    cells: Sequence[Sequence[str]], configs: Sequence[Config], out: Path, errors: Sequence[str] | None = None
+) -> Collected:
+    """Write a grid's report: of cells from the store, or of the grid's machines alone, as ``report`` says.
+
+    ``errors`` are those of :func:`collect`.
+    """
     if configs[0].report is ReportKind.npu:
         write_npu_report([npu_of(config.hardware) for config in configs], out)
         return Collected([], [])
     if configs[0].report is ReportKind.gpu:
         return Collected([], _report_gpu(cells, configs, out))
-    done = collect(cells, configs)
+    done = collect(cells, configs, errors)
     if done.found:
         write_report([record for _, record in done.found], out, done.missing)
     _say_missing(done.missing)
@@ -283,7 +291,7 @@ def main() -> int:
 
 def _verified(store: Store, node: Node) -> Path:
     try:
-        return store.verify(node)
+        return store.verify(node, ".json")
     except FileNotFoundError:
         raise FileNotFoundError(f"{node.stage} {node.key} is not in the store") from None
 

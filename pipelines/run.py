@@ -17,14 +17,17 @@ from pathlib import Path
 # libgomp's threads spin between operations, so two processes on the same cores slow each other down (SmolLM2, batch
 # 16, two cores, tokens/s: 123 to 146 alone, 31 each beside a second run; with this 122 and 66). Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# numba's OpenMP layer sets torch's number of threads to its own, and times are keyed by that number.
+if "OMP_NUM_THREADS" in os.environ:
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
 from pipelines.answer import ANSWERED, answer
+from pipelines.engines import set_threads
 from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.plan import BASELINES, Cell, Planner
 from pipelines.preflight import cells_of, check_disk, check_sources, describe
@@ -52,7 +55,7 @@ def run_cell(config: Config, out: Path) -> None:
             f"report={config.report.value}: no cell to run; give the same choices to python pipelines/report.py"
         )
     if config.threads is not None:
-        torch.set_num_threads(config.threads)
+        set_threads(config.threads)
     store = Store(Path(config.store))
     tracking = Tracking(config, config.run_name, store)
     if config.report is ReportKind.gpu:

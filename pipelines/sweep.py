@@ -11,12 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from pipelines.dispatch import Dispatcher, Job, Phase, jobs_for
-from pipelines.engines import Engine, open_engine
+from pipelines.engines import Engine, open_engine, set_threads
 from pipelines.gpu import gpu_cell
-from pipelines.plan import MissingSearchError, Planner
+from pipelines.plan import INPUT_STAGES, MissingSearchError, Planner
 from pipelines.preflight import check_disk, check_sources
 from pipelines.screen import CellView, Screen
 from pmpd.artifacts import MANIFEST, Node, Store, StoreError, read_json
@@ -64,13 +62,13 @@ class Sweep:
         """Plan, build, and plan again what hung on a precision search; errors are left in the entries."""
         launcher, threads = self.entries[0].config.launcher, self.entries[0].config.threads
         if threads is not None:
-            torch.set_num_threads(threads)
+            set_threads(threads)
         engine: Engine | None = None
         try:
             self._plan(self.entries)
             while True:
                 targets = self._targets()
-                jobs = jobs_for(targets, self.store)
+                jobs = jobs_for(targets, self.store, INPUT_STAGES)
                 if jobs:
                     engine = engine or open_engine(launcher)
                     self._build(jobs, engine)
@@ -133,7 +131,7 @@ def targets_of(config: Config, store: Store) -> tuple[list[Node], Node | None]:
     planner = Planner(config, store)
     check_disk(planner)
     try:
-        return planner.cell().targets, None
+        return planner.cell().read, None
     except MissingSearchError:
         return [planner.search], planner.search
 

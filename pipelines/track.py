@@ -70,6 +70,10 @@ class Tracking:
         for node in read:
             self._lineage(tracker, node)
         numbers = {r["quantity"]: r["value"] for r in record.results if _is_number(r["value"])}
+        for chosen in (cell.fit, cell.training):  # what a schedule was chosen by; never the test split
+            if chosen is not None:
+                told = read_summary(self.store.path(chosen))["metrics"]
+                tracker.metrics(chosen.stage, {k: v for k, v in told.items() if v is not None})
         tracker.metrics("result", {quantity.replace(" ", "_"): value for quantity, value in numbers.items()})
         tracker.finish()
 

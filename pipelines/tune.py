@@ -26,9 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from pipelines.answer import ANSWERED, answer
 from pipelines.choices import prefill_bits
+from pipelines.grid import CONF
 from pipelines.learning import network
 from pipelines.plan import MissingSearchError, Planner
-from pipelines.report import CONF
 from pipelines.schema import register
 from pipelines.track import Tracking
 from pmpd.artifacts import Node, Store

@@ -175,15 +175,18 @@ class Store:
         for manifest in sorted((self.root / stage).glob(f"*/{MANIFEST}")):
             yield dict(read_json(manifest)["config"])
 
-    def verify(self, node: Node) -> Path:
+    def verify(self, node: Node, suffix: str = "") -> Path:
         """The artifact's directory, its digests checked (once a process).
+
+        Args:
+            suffix: only of files whose name ends so: who reads a summary need not read the weights beside it.
 
         Raises:
             DamagedArtifactError: a file is missing or changed.
             FileNotFoundError: no such artifact.
         """
         path = self.path(node)
-        if node.key in self._verified:
+        if node.key in self._verified or node.key + suffix in self._verified:
             return path
         if not (path / MANIFEST).exists():
             raise FileNotFoundError(path)
@@ -193,11 +196,13 @@ class Store:
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedArtifactError(f"{path / MANIFEST} is damaged ({error})") from error
         for name, expected in files.items():
+            if not name.endswith(suffix):
+                continue
             if not (path / name).is_file():
                 raise DamagedArtifactError(f"{path / name} is missing")
             if digest_file(path / name) != expected["sha256"]:
                 raise DamagedArtifactError(f"{path / name} is not what was written (sha256 differs)")
-        self._verified.add(node.key)
+        self._verified.add(node.key + suffix)
         return path
 
     def materialize(self, item: Input, execute: Execute) -> Path:

@@ -64,10 +64,24 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically; the same tensors and metadata give the same bytes."""
     with atomic(path) as temporary:
         save_file(dict(tensors), temporary, dict(metadata) if metadata else None)
+        if metadata:
+            _order_metadata(temporary)
         temporary.chmod(0o666 & ~_umask())  # the library's own temporary file is readable by its owner only
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place: the library writes them in an order that changes every time."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(ordered) <= length, "another way of writing JSON"
+        stream.seek(8)
+        stream.write(ordered.ljust(length))
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,13 @@ class WandbTracker:
     def finish(self) -> None:
         self._run.finish()
         if self._ledger is not None and self._identity is not None:
-            said = {"content": self._identity.content, "folder": str(Path(self._run.dir).parent), "linked": False}
+            said = {
+                "content": self._identity.content,
+                "folder": str(Path(self._run.dir).parent),
+                "told_ns": time.time_ns(),
+                "lineage": self._lineage,
+                "linked": False,
+            }
             write_json(self._ledger, said)
 
 
@@ -281,6 +288,47 @@ def was_sent(dir: str, project: str, identity: Identity) -> bool:
         return bool(read_json(_ledger(dir, project, identity))["content"] == identity.content)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
+
+
+def link(dir: str, project: str, entity: str | None) -> list[str]:
+    """Make W&B artifacts of the lineage that finished runs carry, linked by which run made and which read them; once.
+
+    For after ``wandb sync``. An artifact is a reference to its folder in the store, never a copy.
+
+    Returns:
+        the runs that were linked.
+
+    Raises:
+        Exception: whatever W&B raises; what was linked before stays so, and the next call goes on from there.
+    """
+    import wandb
+
+    linked = []
+    told = sorted((Path(dir) / "sent" / project).glob("*.json"), key=lambda p: read_json(p)["told_ns"])
+    for path in told:  # which is the order of their making
+        entry = read_json(path)
+        if entry["linked"]:
+            continue
+        run = wandb.init(
+            project=project, entity=entity, id=path.stem, resume="must", mode="online", settings=_settings(wandb)
+        )
+        for name, artifact in entry["lineage"].items():
+            stage, _, key = name.partition("/")
+            if path.stem != f"{stage}-{key}":  # the run reads it
+                run.use_artifact(f"{stage}-{key}:latest")
+                continue
+            for read in artifact["inputs"].values():
+                kind, _, digest = read.partition("/")
+                source = wandb.Artifact(f"{kind}-{digest}", type=kind, metadata={"digest": digest})
+                run.use_artifact(source if kind == "source" else f"{kind}-{digest}:latest")
+            made = wandb.Artifact(f"{stage}-{key}", type=stage, metadata={"key": key, "inputs": artifact["inputs"]})
+            if (folder := Path(artifact["path"]).absolute()).exists():  # not collected since
+                made.add_reference(folder.as_uri(), checksum=False)
+            run.log_artifact(made)
+        run.finish()
+        write_json(path, entry | {"linked": True})
+        linked.append(path.stem)
+    return linked
 
 
 def in_tuning() -> bool:

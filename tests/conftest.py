@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores; read when torch loads
+# Workers share the cores. Read when torch and numba load; numba's OpenMP layer sets torch's number to its own.
+for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 
 import pytest

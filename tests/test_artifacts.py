@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from pmpd.artifacts import (
     DamagedArtifactError,
@@ -24,6 +24,7 @@ from pmpd.artifacts import (
     write_json,
     write_tensors,
 )
+from pmpd.locks import Patience
 
 
 def node(name="a", version=1, **inputs):
@@ -176,6 +177,17 @@ def test_safetensors_own_error_for_a_full_disk_counts_as_one(tmp_path, monkeypat
     store.materialize(node(), lambda n, i, out: write_tensors(out / "t.safetensors", {"a": torch.zeros(1)}))
 
 
+def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
+    metadata = {name: name * 3 for name in ("one", "two", "three", "four", "fünf")}
+    tensors = {"a": torch.arange(5.0), "b": torch.ones(2, 3)}
+    for k in range(4):
+        write_tensors(tmp_path / f"{k}.safetensors", tensors, metadata)
+    assert len({(tmp_path / f"{k}.safetensors").read_bytes() for k in range(4)}) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as stored:
+        assert stored.metadata() == metadata
+        assert torch.equal(stored.get_tensor("b"), tensors["b"])
+
+
 def test_atomic_leaves_the_old_file_when_the_writer_fails(tmp_path):
     path = tmp_path / "f.json"
     write_json(path, 1)
@@ -257,3 +269,52 @@ def test_digests_follow_content_and_are_cached(tmp_path):
     assert digest_files([file], tmp_path / "cache.json") == first == digest_files([file], None)
     file.write_text("two!")
     assert digest_files([file], tmp_path / "cache.json") != first
+
+
+def test_a_holder_that_comes_back_after_a_take_over_publishes_nothing(tmp_path, monkeypatch):
+    """The first process is suspended in its stage, taken for dead and overtaken; then it goes on."""
+    patience = Patience(heartbeat_s=0.05, abandoned_after_s=0.2)
+    first, second = (Store(tmp_path / "s", patience) for _ in range(2))
+
+    monkeypatch.setattr("pmpd.locks._beat", lambda *_: None)
+
+    def overtaken(n, inputs, out):
+        write_json(out / "part.json", "of the first")
+        (lock,) = (tmp_path / "s" / "stage").glob("*.0.lock")
+        said = json.loads(lock.read_text()) | {"machine": "another boot"}
+        lock.write_text(json.dumps(said))
+        second.materialize(node(), write)
+        write_json(out / "late.json", "of the first")
+
+    with pytest.raises(StoreError, match="taken over"):
+        first.materialize(node(), overtaken)
+    path = Store(tmp_path / "s").verify(node())
+    assert {p.name for p in path.iterdir()} == {"artifact.json", "part.json", "value.json"}
+
+
+def test_the_last_failure_is_kept_until_the_next_attempt(tmp_path):
+    store = Store(tmp_path / "s")
+
+    def fail(n, inputs, out):
+        raise ValueError("no such thing")
+
+    child = node("child", parent=node("parent"))
+    with pytest.raises(ValueError, match="no such thing"):
+        store.materialize(child, fail)
+    assert store.failure(child) == store.failure(child.inputs["parent"]) == "ValueError: no such thing"
+    store.materialize(child, write)
+    assert store.failure(child) is None
+    assert store.failure(child.inputs["parent"]) is None
+
+
+def test_only_what_is_asked_for_is_checked(tmp_path):
+    def both(n, inputs, out):
+        write_json(out / "summary.json", 1)
+        (out / "weights.bin").write_bytes(b"12345678")
+
+    path = Store(tmp_path / "s").materialize(node(), both)
+    (path / "weights.bin").write_bytes(b"1234")
+    store = Store(tmp_path / "s")
+    assert store.verify(node(), ".json") == path
+    with pytest.raises(DamagedArtifactError, match="weights.bin"):
+        store.verify(node())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pmpd import __version__, tracking
-from pmpd.tracking import NullTracker, code_version, open_tracker
+from pmpd.tracking import Identity, NullTracker, code_version, open_tracker
 
 
 @pytest.fixture(autouse=True)
@@ -263,6 +263,84 @@ def test_a_key_press_is_not_swallowed(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(wandb, "init", interrupt)
     with pytest.raises(KeyboardInterrupt):
         open_offline(tmp_path)
+
+
+def run_ids(folder: Path) -> list[str]:
+    found = [wandb_records(path) for path in sorted(folder.glob("wandb/*run-*/*.wandb"))]
+    return [record.run.run_id for records in found for record in records if record.HasField("run")]
+
+
+def tell(folder: Path, run_id: str, content: str, *, end: bool = True) -> None:
+    tracker = open_offline(folder, identity=Identity(run_id, content), job_type="quantize", group="sweep")
+    tracker.metrics("quantize", {"x": 1.0})
+    tracker.lineage(*run_id.split("-"), {"model": "source/m0", "sensitivity": "sensitivity/k0"}, "store/q")
+    if end:
+        tracker.finish()
+
+
+def test_a_run_is_told_once_and_again_when_it_says_something_else(tmp_path: Path) -> None:
+    tell(tmp_path, "quantize-k1", "k1")
+    tell(tmp_path, "quantize-k1", "k1")
+    assert run_ids(tmp_path) == ["quantize-k1"]
+    (path,) = tmp_path.glob("wandb/*run-*/*.wandb")
+    (run,) = [r.run for r in wandb_records(path) if r.HasField("run")]
+    assert (run.job_type, run.run_group) == ("quantize", "sweep")
+    tell(tmp_path, "quantize-k1", "k2")
+    assert run_ids(tmp_path) == ["quantize-k1"]  # the earlier telling was not uploaded yet, so it is replaced
+    next(tmp_path.glob("wandb/*run-*")).joinpath("run-quantize-k1.wandb.synced").touch()
+    tell(tmp_path, "quantize-k1", "k3")
+    assert len(list(tmp_path.glob("wandb/*run-*"))) == 2
+
+
+def test_what_a_killed_process_had_told_of_a_run_is_told_anew(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pmpd.tracking import Identity, open_tracker\n"
+        f"t = open_tracker('offline', project='pmpd-test', dir={str(tmp_path)!r}, config={{}}, "
+        "identity=Identity('quantize-k1', 'k1'))\n"
+        "t.metrics('quantize', {'x': 1.0}); os.kill(os.getpid(), 9)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=False, capture_output=True)
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+    tell(tmp_path, "quantize-k1", "k1")
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    history = [items(r.history.item) for r in wandb_records(path) if r.HasField("history")]
+    assert [row["quantize/x"] for row in history] == [1.0]
+
+
+def test_links_follow_lineage_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's own calls, with a stand-in for the service: what is made, read and in which order."""
+    tell(tmp_path, "sensitivity-k0", "k0")
+    tell(tmp_path, "quantize-k1", "k1")
+    calls: list[tuple[str, ...]] = []
+
+    class Run:
+        def __init__(self, run_id: str) -> None:
+            self.id = run_id
+
+        def use_artifact(self, what: Any) -> None:
+            calls.append((self.id, "reads", what if isinstance(what, str) else what.name))
+
+        def log_artifact(self, what: Any) -> None:
+            (reference,) = (entry.ref for entry in what.manifest.entries.values())
+            calls.append((self.id, "makes", what.name, what.type, reference))
+
+        def finish(self) -> None:
+            pass
+
+    import wandb
+
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "q").write_text("an artifact")
+    monkeypatch.setattr(wandb, "init", lambda **given: Run(given["id"]))
+    monkeypatch.chdir(tmp_path)
+    assert tracking.link(str(tmp_path), "pmpd-test", None) == ["sensitivity-k0", "quantize-k1"]
+    assert [c for c in calls if c[0] == "quantize-k1"] == [
+        ("quantize-k1", "reads", "source-m0"),
+        ("quantize-k1", "reads", "sensitivity-k0:latest"),
+        ("quantize-k1", "makes", "quantize-k1", "quantize", (tmp_path / "store/q").as_uri()),
+    ]
+    assert tracking.link(str(tmp_path), "pmpd-test", None) == []
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -144,10 +144,12 @@ def draw_switch_steps(record: CellRecord, path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write ``path`` as PNG and as PDF."""
+    """Write ``path`` as PNG and as PDF, the same bytes for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_suffix(suffix), dpi=160)
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)  # laid out by now; each saving would do it again
+    figure.savefig(path.with_suffix(".png"), dpi=160)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
 def _point(axes: Axes, bits: float, row: dict[str, Any], colour: str, label: str) -> None:

@@ -18,8 +18,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
+from pipelines.grid import CONF
 from pipelines.plan import Planner
-from pipelines.report import CONF
 from pipelines.run import run_cell
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, read_json, read_jsonl

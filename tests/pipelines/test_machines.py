@@ -9,10 +9,11 @@ from hydra import compose, initialize_config_dir
 
 from pipelines import machines
 from pipelines.gpu import COLUMNS, gpu_cell
+from pipelines.grid import CONF
 from pipelines.machines import npu_of, timed
 from pipelines.plan import Planner
 from pipelines.preflight import PreflightError, check_sources
-from pipelines.report import CONF, report
+from pipelines.report import report
 from pipelines.run import run_cell
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, write_json

@@ -24,9 +24,10 @@ from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 
 from pipelines import run as run_module
+from pipelines.grid import CONF, grid_of
 from pipelines.plan import MissingSearchError, Planner
 from pipelines.preflight import PreflightError
-from pipelines.report import CONF, grid_of, report
+from pipelines.report import report
 from pipelines.run import run_cell
 from pipelines.schema import register
 from pmpd.artifacts import Node, Store, read_json

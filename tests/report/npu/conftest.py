@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from hydra import compose, initialize_config_dir
 
+from pipelines.grid import CONF
 from pipelines.machines import npu_of
-from pipelines.report import CONF
 from pipelines.schema import register
 from pmpd.config import from_omegaconf
 from pmpd.hardware.npu import NPU
