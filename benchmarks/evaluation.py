@@ -35,7 +35,7 @@ def configuration(args: argparse.Namespace, batch_size: int, store: Path) -> Con
             "model=smollm2",
             "task=dialogsum",
             "scheduler=high",
-            "budget=twin",
+            f"budget={args.budget}",
             f"budget.test_samples={args.prompts}",
             f"budget.seed_prompts={args.seeds}",
             f"budget.seed_new_tokens={args.seed_tokens}",
@@ -65,6 +65,7 @@ def answers(path: Path) -> dict[str, Completion]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True)
+    parser.add_argument("--budget", default="twin", help="how the model is quantised, and most tokens an answer")
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16])
     parser.add_argument("--labels", action="store_true", help="time the labels too, at the last batch size")

@@ -83,6 +83,8 @@ class Choice:
 def prefill_bits(config: Config, precisions: Precisions) -> int:
     """Precision of the cell's prefill."""
     scheduler = config.scheduler
+    if scheduler.bits is not None:
+        return scheduler.bits
     if scheduler.kind in UNIFORM:
         return precisions.bits(Level(scheduler.kind.value))
     if scheduler.kind is SchedulerKind.dense_sparse:
@@ -109,9 +111,8 @@ def choose(of: Choosing) -> Choice:
 
 
 def _uniform(of: Choosing) -> Choice:
-    level = Level(of.config.scheduler.kind.value)
-    schedule = Schedule.uniform(of.precisions.bits(level))
-    if level is not Level.low:
+    schedule = Schedule.uniform(of.prefill_bits)
+    if schedule.prefill_bits in (FP16_BITS, of.precisions.high):
         return Choice(schedule)  # rolled out with the candidates
     tokens = of.planner.max_new_tokens
     return Choice(schedule, {"rollouts_low": of.planner.rollout(of.prompts, [schedule], tokens)})
@@ -230,6 +231,7 @@ CHOICES: dict[SchedulerKind, Callable[[Choosing], Choice]] = {
     SchedulerKind.fp16: _uniform,
     SchedulerKind.high: _uniform,
     SchedulerKind.low: _uniform,
+    SchedulerKind.uniform: _uniform,
     SchedulerKind.static: _static,
     SchedulerKind.pattern: _pattern,
     SchedulerKind.oracle: _oracle,

@@ -333,6 +333,7 @@ def replace_scheduler(config: Config, kind: SchedulerKind) -> Config:
         config.scheduler,
         name=kind.value,
         kind=kind,
+        bits=None,
         prefill=Level.high,
         prefill_bits=None,
         grid=None,

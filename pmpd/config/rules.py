@@ -9,7 +9,7 @@ from typing import NoReturn
 from pmpd.config.schema import Config, Level, Metric, QuantizerKind, SchedulerKind, TaskKind
 from pmpd.records import FP16_BITS, switch_grid
 
-UNIFORM = (SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low)
+UNIFORM = (SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low, SchedulerKind.uniform)
 """Kinds that run prefill and every decode step at one precision."""
 
 
@@ -121,6 +121,10 @@ def _check_precisions(config: Config) -> None:
         check_precisions(model.high_bits, model.low_bits, model.middle_bits)
     if scheduler.prefill_bits is not None and scheduler.prefill_bits not in (*nested, FP16_BITS):
         _refuse("scheduler.prefill_bits", scheduler.prefill_bits, f"{FP16_BITS}, or {span}")
+    if (scheduler.kind is SchedulerKind.uniform) != (scheduler.bits is not None):
+        _refuse("scheduler.bits", scheduler.bits, "a precision for kind=uniform, and only for it")
+    if scheduler.bits is not None and scheduler.bits not in (*nested, FP16_BITS):
+        _refuse("scheduler.bits", scheduler.bits, f"{FP16_BITS}, or {span}")
     if scheduler.kind in UNIFORM:
         why = f"{scheduler.name} is uniform, prefill included"
         if scheduler.prefill_bits is not None:

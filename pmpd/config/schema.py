@@ -40,6 +40,7 @@ class SchedulerKind(Enum):
     fp16 = "fp16"
     high = "high"
     low = "low"
+    uniform = "uniform"
     static = "static"
     pattern = "pattern"
     oracle = "oracle"
@@ -159,6 +160,7 @@ class TaskConfig:
 class SchedulerConfig:
     name: str = MISSING
     kind: SchedulerKind = MISSING
+    bits: Optional[int] = None
     prefill: Level = Level.high
     prefill_bits: Optional[int] = None
     grid: Optional[list[int]] = None

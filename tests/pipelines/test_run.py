@@ -235,6 +235,7 @@ def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
         ["scheduler=confidence", "scheduler.options.first_tokens=3"],
         ["scheduler=oracle"],
         ["scheduler=oracle_lossless", "task=iwslt", "task.metrics=[bleu,sacrebleu]"],
+        ["scheduler=uniform", "scheduler.bits=3"],
         ["scheduler=first_half"],
         ["scheduler=middle_third"],
         ["scheduler=low_after_fp16"],
@@ -262,10 +263,10 @@ def test_other_tasks_and_settings_run_whole(store, tiny_llama, tmp_path, more):
         assert own.loc["average_bits", "value"] == pytest.approx(
             {"first_half": 3, "middle_third": 2 + 2 * 3 / 8}[scheduler]
         )
-    prefill = {"low_after_fp16": 16, "high_after_low": 2}.get(
-        scheduler, 16 if "scheduler.prefill_bits=16" in more else 4
-    )
-    assert set(own.prefill_bits) == {prefill}
+    if scheduler == "uniform":
+        assert own.loc["average_bits", "value"] == 3
+    given = 16 if "scheduler.prefill_bits=16" in more else 4
+    assert set(own.prefill_bits) == {{"low_after_fp16": 16, "high_after_low": 2, "uniform": 3}.get(scheduler, given)}
 
 
 @pytest.fixture
