@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -45,16 +46,18 @@ def table(rows: pd.DataFrame) -> str:
 
 
 def plot_perplexity(rows: pd.DataFrame, file: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True)
+    """Nats a token above 16 bits, which spreads out what perplexities crowd together."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True)
     for axis, (corpus, title) in zip(axes, SHOWN.items(), strict=True):
-        part = rows[rows.corpus == corpus]
-        axis.axhline(part[part.quantizer == "fp16"].perplexity.iloc[0], color="grey", linestyle=":", label="16 bits")
+        part = rows[(rows.corpus == corpus) & ~rows.quantizer.str.contains(r"\d\.\d")]
+        fp16 = part[part.quantizer == "fp16"].perplexity.iloc[0]
         for name, own in part[part.quantizer != "fp16"].groupby("quantizer", sort=False):
-            by_bits = own.groupby("bits").agg({"true_bits": "mean", "perplexity": ["mean", "min", "max"]})
-            x, y = by_bits["true_bits"]["mean"], by_bits["perplexity"]
+            own = own.assign(excess=np.log(own.perplexity / fp16)).query("bits < 8")
+            by_bits = own.groupby("bits").agg({"true_bits": "mean", "excess": ["mean", "min", "max"]})
+            x, y = by_bits["true_bits"]["mean"], by_bits["excess"]
             axis.errorbar(x, y["mean"], [y["mean"] - y["min"], y["max"] - y["mean"]], marker="o", ms=4, label=name)
-        axis.set(title=title, xlabel="true bits a weight", yscale="log", xlim=(2, 8))
-    axes[0].set_ylabel("perplexity (spread over calibration seeds)")
+        axis.set(title=f"{title} (16 bits: {fp16:.2f})", xlabel="true bits a weight", yscale="log")
+    axes[0].set_ylabel("nats a token above 16 bits")
     axes[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=150)
