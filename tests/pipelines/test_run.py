@@ -301,6 +301,14 @@ def test_each_policy_keeps_its_own_first_answer(store, tiny_llama, tmp_path, two
     assert differs, "every first answer is as long as fp16's: this test shows nothing"
     frame = pd.read_csv(tmp_path / "out" / "results.csv")
     assert frame[(frame.scheduler == "fp16") & (frame.metric == "rouge_l")].value.item() == pytest.approx(100)
+    own = frame[frame.scheduler == config.scheduler.name].set_index("metric")
+    for quantity in ("rouge_l", "rouge_l minus high", "agreement"):
+        first, _, minus = quantity.partition(" minus")
+        category = f"{first} of writing" + (" minus high" if minus else "")
+        assert own.loc[category, "value"] == pytest.approx(own.loc[quantity, "value"])  # it is every sample's
+        assert own.loc[category, "n"] == 4
+    assert own.loc["unended_answers", "n"] == 8  # two answers a sample
+    assert "| writing" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_second_run_builds_nothing(store, tiny_llama, tmp_path, caplog):
