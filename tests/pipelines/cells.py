@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from hydra import compose, initialize_config_dir
 
-from pipelines.report import CONF
+from pipelines.grid import CONF
 from pipelines.run import run_cell
 from pipelines.schema import register
 from pmpd.config import Config, from_omegaconf
