@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
+from pipelines.grid import compose_grid
 from pipelines.learning import labels
 from pipelines.plan import Planner
-from pipelines.report import compose_grid
 from pmpd.artifacts import Node, Store
 from pmpd.config import Config
 from pmpd.records import Completion, Schedule

@@ -90,6 +90,9 @@ def measures(config: Config, store: Store, of: Measured, *, reading: bool) -> Me
     on_gpu = isinstance(hardware, GpuConfig)
     runtime = of.runtime.on_gpu() if on_gpu else of.runtime
     bits = [FP16_BITS, *of.levels]
+    uniform = config.scheduler.bits
+    if on_gpu and uniform is not None and uniform not in bits:  # a gain needs the time of every step that was taken
+        bits = sorted([*bits, uniform], reverse=True)
 
     def latency(machine: str) -> Node:
         timing = LatencyConfig(bits, list(budget.timing_contexts), budget.timing_tokens, None, runtime, machine)

@@ -144,6 +144,17 @@ def test_a_cell_with_recorded_gpu_times_runs_whole_without_a_gpu(store, tiny_lla
     assert "NPU" not in text
 
 
+def test_a_gpu_times_every_precision_that_a_cell_takes_and_refuses_outliers(store, tiny_llama, monkeypatch):
+    lines = ["model=hf", f"model.path={tiny_llama}", "model.high_bits=4", "model.low_bits=2", "data=samples"]
+    lines += ["budget=tiny", "task.max_new_tokens=9", "task.metrics=[rouge_l]", "hardware=gpu", f"store={store.root}"]
+    monkeypatch.setattr(machines, "here", lambda device: "H100")
+    for bits, wanted in ((6, [16, 6, 4, 2]), (4, [16, 4, 2])):
+        planned = Planner(cell(*lines, "scheduler=uniform", f"scheduler.bits={bits}"), store).cell()
+        assert planned.latency.config["bits"] == wanted
+    with pytest.raises(ConfigError, match="no GPU kernel reads outliers"):
+        Planner(cell(*lines, "scheduler=dense_sparse", "scheduler.target.switch_step=3"), store).cell()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cell_on_the_gpu_at_hand_times_its_own_schedules(store, tiny_llama, tmp_path):

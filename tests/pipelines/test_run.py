@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -19,7 +17,6 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
 
@@ -30,56 +27,13 @@ from pipelines.preflight import PreflightError
 from pipelines.report import report
 from pipelines.run import run_cell
 from pipelines.schema import register
-from pmpd.artifacts import Node, Store, read_json
-from pmpd.config import Config, ConfigError, from_omegaconf
+from pmpd.artifacts import Store
+from pmpd.config import ConfigError
 from pmpd.kernels import CudaUnavailableError
-from pmpd.metrics import rouge_l
-from pmpd.records import Schedule
 from pmpd.report import COLUMNS
-from pmpd.stages import RuntimeConfig, execute, read_summary
-from pmpd.stages.inputs import read_samples
-from pmpd.stages.rollouts import read_rollouts
-from pmpd.stages.runtime import load, load_prompter
+from tests.pipelines.cells import cell, overrides, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def overrides(model: Path, store: Path, *more: str) -> list[str]:
-    return [
-        "model=hf",
-        f"model.path={model}",
-        "model.dtype=float32",
-        "model.high_bits=4",
-        "model.low_bits=2",
-        "data=samples",
-        "budget=tiny",
-        "task.overlong=truncate",
-        "task.max_new_tokens=9",
-        "task.metrics=[rouge_l]",
-        "tracking=disabled",
-        f"store={store}",
-        *more,
-    ]
-
-
-def cell(*lines: str) -> Config:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return from_omegaconf(compose("config", overrides=list(lines)))
-
-
-def run(model: Path, store: Path, out: Path, *more: str) -> pd.DataFrame:
-    run_cell(cell(*overrides(model, store, *more)), out)
-    return pd.read_csv(out / "results.csv")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, tiny_llama) -> Path:
-    """A store that holds all five schedulers."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    for scheduler in ("fp16", "high", "low", "static", "learned"):
-        run(tiny_llama, folder / "store", folder / scheduler, f"scheduler={scheduler}")
-    return folder / "store"
 
 
 @pytest.mark.parametrize("scheduler", ["fp16", "high", "low", "static", "learned"])
@@ -107,112 +61,6 @@ def test_uniform_schedulers_have_their_bits_and_fp16_agrees_with_itself(store):
         if scheduler == "fp16":
             assert own.loc["agreement", "value"] == pytest.approx(100)
             assert own.loc["npu_decode_speedup", "value"] == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [["scheduler=dense_sparse", "scheduler.target.switch_step=4"], ["scheduler=dense_sparse_learned"]],
-    ids=" ".join,
-)
-def test_dense_and_sparse_has_the_bits_of_the_scheduler_it_is_matched_to(store, tiny_llama, tmp_path, more):
-    lines = overrides(tiny_llama, store, *more)
-    frame = run(tiny_llama, store, tmp_path, *more)
-    own = frame[frame.scheduler == more[0].partition("=")[2]].set_index("metric")
-    planned = Planner(cell(*lines), Store(store)).cell()
-    summary = read_summary(Store(store).verify(planned.dense_sparse))["metrics"]
-    target = planned.dense_sparse.inputs["evaluation"]
-    [average] = [r for r in read_json(Store(store).verify(target) / "results.json") if r["quantity"] == "average_bits"]
-    assert summary["target_bits"] == pytest.approx(average["value"])
-    read = own.loc["average_bits", "value"]
-    assert read == pytest.approx(2 + summary["outlier_bits"])
-    assert average["value"] - 0.3 < read <= average["value"]  # matrices this small pay for rows' counts
-    assert summary["nominal_outlier_bits"] < summary["outlier_bits"] or read == average["value"] == 2
-    completions = (Store(store).verify(planned.evaluation) / "completions.jsonl").read_text()
-    assert '"schedule": "2:2"' in completions
-    assert own.loc["average_bits_time", "value"] == pytest.approx(read)
-    assert 1 < own.loc["npu_decode_speedup", "value"] < 16 / read
-    assert set(own.prefill_bits) == {2}
-
-
-@pytest.mark.parametrize("hindsight", ["oracle", "oracle_lossless"])
-def test_the_oracle_is_the_best_class_of_every_sample(store, tiny_llama, tmp_path, hindsight):
-    own = run(tiny_llama, store, tmp_path, f"scheduler={hindsight}")
-    cell_ = Planner(cell(*overrides(tiny_llama, store, f"scheduler={hindsight}")), Store(store)).cell()
-    samples, _ = read_samples(Store(store).verify(cell_.evaluation.inputs["prompts"]))
-    inputs = cell_.evaluation.inputs
-    table = read_rollouts(*(Store(store).verify(inputs[name]) for name in ("rollouts", "rollouts_fp16")))
-    classes = [Schedule(4, (2,)), Schedule(4, (4, 2), (3,)), Schedule(4, (4, 2), (6,)), Schedule.uniform(4)]
-
-    def quality(schedule, sample):
-        return rouge_l(table[schedule][sample.id].generations[0].text, sample.references)
-
-    expected = []
-    for sample in samples:
-        of_class = [quality(c, sample) for c in classes]
-        passing = [q for q in of_class if q >= of_class[-1]]
-        expected.append(max(of_class) if hindsight == "oracle" else passing[0])
-    found = own[(own.scheduler == hindsight) & (own.metric == "rouge_l")].value.item()
-    assert found == pytest.approx(100 * sum(expected) / len(expected))
-
-
-def test_the_confidence_scheduler_decodes_what_its_rule_says(store, tiny_llama, tmp_path):
-    more = ["scheduler=confidence", "scheduler.options.first_tokens=2", "scheduler.options.sigmas=0.1"]
-    run(tiny_llama, store, tmp_path, *more)
-    planned = Planner(cell(*overrides(tiny_llama, store, *more)), Store(store)).cell().evaluation
-    samples, prompts = read_samples(Store(store).verify(planned.inputs["prompts"]))
-    nested = Store(store).verify(planned.inputs["decisions"].inputs["nested"])
-    model, precision = load(tiny_llama, nested, RuntimeConfig("float32", "cpu"))
-    rows = [json.loads(line) for line in (Store(store).verify(planned) / "completions.jsonl").read_text().splitlines()]
-    switched = 0
-    for sample, prompt, row in zip(samples, prompts, rows, strict=True):
-        assert row["id"] == sample.id
-        precision.bits = 4
-        ids, bits, sure = list(prompt), 4, []
-        for token in row["generations"][0]["token_ids"]:
-            with torch.no_grad():
-                # Until the switch all of the cache is of 4 bits, so computing it again is the definition.
-                logits = model(torch.tensor([ids])).logits[0, -1]
-            assert int(logits.argmax()) == token
-            sure.append(float(logits.double().softmax(-1).max()))
-            if len(sure) > 2 and sure[-1] > statistics.fmean(sure[:2]) + 0.1 * statistics.stdev(sure[:2]):
-                bits = 2
-                break
-            ids.append(token)
-        expected = "4:2" if bits == 2 and len(sure) == 1 else f"4:4@{len(sure) - 1},2" if bits == 2 else "4:4"
-        found = Schedule.parse(row["generations"][0]["schedule"])
-        tokens = len(row["generations"][0]["token_ids"])
-        assert found.bits_of(tokens) == Schedule.parse(expected).bits_of(tokens)
-        switched += bits == 2
-    assert switched, "no sample switched: this test shows nothing"
-
-
-def test_a_killed_decision_goes_on_and_draws_alike(store, tiny_llama, tmp_path, two_turns):
-    lines = overrides(
-        tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", "scheduler=random"
-    )
-    config = cell(*lines, "budget.batch_size=2")
-    run_cell(config, tmp_path / "out")
-    node = Planner(config, Store(store)).cell().evaluation.inputs["decisions"]
-    inputs = {n: Store(store).verify(i) if isinstance(i, Node) else i.locate() for n, i in node.inputs.items()}
-    whole = (Store(store).verify(node) / "completions.jsonl").read_text()
-    again = tmp_path / "again"
-    again.mkdir()
-    shutil.copy(Store(store).verify(node) / "batch_00000.jsonl", again)
-    execute(node, inputs, again)
-    assert (again / "completions.jsonl").read_text() == whole
-
-
-def test_static_and_learned_decode_at_the_bits_of_their_schedules(store):
-    for path in store.glob("evaluate/*/artifact.json"):
-        config = json.loads(path.read_text())["config"]
-        fitted = config["schedule"] is None and config["curve"][0] == "4:4@0,2"  # not given, and of two precisions
-        if config["scheduler"] not in ("static", "learned") or not fitted:
-            continue
-        for line in (path.parent / "completions.jsonl").read_text().splitlines():
-            for generation in json.loads(line)["generations"]:
-                prefill, _, levels = generation["schedule"].partition(":")
-                assert prefill == "4"
-                assert levels in ("4", "2", "4@3,2", "4@6,2", "4@0,2", "4@9,2")
 
 
 @pytest.mark.parametrize(
@@ -267,40 +115,6 @@ def test_other_tasks_and_settings_run_whole(store, tiny_llama, tmp_path, more):
         assert own.loc["average_bits", "value"] == 3
     given = 16 if "scheduler.prefill_bits=16" in more else 4
     assert set(own.prefill_bits) == {{"low_after_fp16": 16, "high_after_low": 2, "uniform": 3}.get(scheduler, given)}
-
-
-@pytest.fixture
-def two_turns(tmp_path) -> Path:
-    rows = [
-        {"prompt": [f"Name {n} birds.", "Now the shortest."], "reference": [], "prompt_id": n, "category": "writing"}
-        for n in range(3, 7)
-    ]
-    folder = tmp_path / "data" / "mt_bench_prompts"
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return tmp_path / "data"
-
-
-@pytest.mark.parametrize("more", [["scheduler=learned"], ["scheduler=static", "scheduler.switch_step=3"]], ids=" ".join)
-def test_each_policy_keeps_its_own_first_answer(store, tiny_llama, tmp_path, two_turns, more):
-    lines = overrides(tiny_llama, store, "task=mtbench", f"data.root={two_turns}", "data.text_root=samples", *more)
-    config = cell(*lines)
-    run_cell(config, tmp_path / "out")
-    planned = Planner(config, Store(store)).cell().evaluation
-    prompter = load_prompter(tiny_llama, config.model.prompt, False)
-    samples, _ = read_samples(Store(store).verify(planned.inputs["prompts"]))
-    turns = {s.id: s.turns for s in samples}
-    fp16 = read_rollouts(Store(store).verify(planned.inputs["rollouts_fp16"]))[Schedule.uniform(16)]
-    differs = 0
-    for line in (Store(store).verify(planned) / "completions.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        first, second = row["generations"]
-        asked = prompter.ids(turns[row["id"]], [first["text"]])
-        assert second["prompt_tokens"] == len(asked)
-        differs += len(asked) != len(prompter.ids(turns[row["id"]], [fp16[row["id"]].generations[0].text]))
-    assert differs, "every first answer is as long as fp16's: this test shows nothing"
-    frame = pd.read_csv(tmp_path / "out" / "results.csv")
-    assert frame[(frame.scheduler == "fp16") & (frame.metric == "rouge_l")].value.item() == pytest.approx(100)
 
 
 def test_a_second_run_builds_nothing(store, tiny_llama, tmp_path, caplog):
