@@ -90,10 +90,16 @@ def collect(
             cell = Planner(config, store, reading=True).cell()
             found += [(cell, record) for record in cell_records([cell], store)]
         except (ValueError, FileNotFoundError, StoreError) as error:
-            failures = [store.failure(n) for n in cell.read] if cell is not None else []
-            reason = told or next((f for f in failures if f), str(error))
+            reason = told or (_failure(cell, store) if cell is not None else "") or str(error)
             missing.append(Missing(_command(overrides), reason))
     return Collected(found, missing)
+
+
+def _failure(cell: Cell, store: Store) -> str:
+    """What the store has noted of the first artifact that the cell misses because building it failed."""
+    missing = [n for target in cell.read for n in target.ancestors() if store.status(n) != "cached"]
+    noted = ((node, store.failure(node)) for node in missing)
+    return next((f"{node.stage} {node.key}: {words}" for node, words in noted if words), "")
 
 
 def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
