@@ -42,6 +42,7 @@ from pmpd.report import (
     summary_table,
     tidy,
 )
+from pmpd.report.drawings import Drawings
 from pmpd.report.export import export
 from pmpd.report.npu import write_npu_report
 from pmpd.stages import read_summary
@@ -166,7 +167,7 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
                     record.scheduler,
                 )
         group.append(record)
-    texts, figures = [], []
+    texts, drawings = [], Drawings(out)
     for (model, task), group in groups.items():
         text = f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}"
         if categories := category_table(group):
@@ -175,26 +176,28 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
             text += f"\n\nLinear layers, one input, {LINEARS_CAPTION}:\n\n{linears_table(group[0].linears)}"
         texts.append(text)
         stem = f"{model}_{task}"
-        draw_quality(group, out / f"quality_{stem}.png")
-        figures.append(out / f"quality_{stem}.png")
+        drawings.draw(draw_quality, group, name=f"quality_{stem}.png")
         if len(group) > MANY:
-            draw_cells(group, out / f"cells_{stem}.png")
-            figures.append(out / f"cells_{stem}.png")
+            drawings.draw(draw_cells, group, name=f"cells_{stem}.png")
         curves = [r for r in group if r.switch_curve and len(r.levels) == 2]
         if curves:
             best = next((r for r in curves if r.fit_curve), curves[0])
-            draw_switch_steps(best, out / f"switch_step_{stem}.png")
-            figures.append(out / f"switch_step_{stem}.png")
+            drawings.draw(draw_switch_steps, best, name=f"switch_step_{stem}.png")
     for model in dict.fromkeys(r.model for r in records):
         record = next(r for r in records if r.model == model)
-        draw_perplexity(record.perplexity_curve, record.tolerance, model, out / f"perplexity_{model}.png")
-        figures.append(out / f"perplexity_{model}.png")
+        drawings.draw(draw_perplexity, record.perplexity_curve, record.tolerance, model, name=f"perplexity_{model}.png")
+    drawings.close()
     if missing:
         rows = [[cell.command, " ".join(cell.reason.split()).replace("|", "/")] for cell in missing]
         texts.append(f"## Missing\n\n{markdown_table(['filled by', 'why it is missing'], rows)}")
     text = "\n\n".join(texts) + "\n"
     (out / "table.md").write_text(text, encoding="utf-8")
-    log.info("\n%s\nwritten to %s: results.csv, table.md, %s (and .pdf)", text, out, ", ".join(f.name for f in figures))
+    log.info(
+        "\n%s\nwritten to %s: results.csv, table.md, %s (and .pdf)",
+        text,
+        out,
+        ", ".join(f.name for f in drawings.paths),
+    )
     return text
 
 
