@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from pipelines.engines import Build, Engine, Handle, State, needs_of
+from pipelines.engines import needs_of
+from pipelines.jobs import Build, Engine, Handle, State
 from pmpd.artifacts import DamagedArtifactError, Node, Store, StoreError
 from pmpd.config import LauncherConfig
 

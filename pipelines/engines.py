@@ -11,109 +11,17 @@ import logging
 import multiprocessing
 import os
 import signal
-import subprocess
-import time
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numba
 import torch
 
-from pmpd.artifacts import Node, Store
+from pipelines.jobs import Build, Engine, Handle, State
+from pipelines.slurm import Slurm
+from pmpd.artifacts import Node
 from pmpd.config import ConfigError, LauncherConfig, LauncherKind, NeedsConfig
-from pmpd.locks import Patience
-from pmpd.stages import execute
 
 log = logging.getLogger(__name__)
-
-GRACE_S = 90
-"""Slurm's warning before a time limit or a preemption."""
-SQUEUE_EVERY_S = 2.0
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SPECIAL_EXIT")
-RUNNING = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
-"""Slurm's words for a job that has not ended; every other one is an end."""
-
-
-class State(Enum):
-    waiting = "waiting"
-    running = "running"
-    ended = "ended"
-
-
-class Handle(Protocol):
-    """A job that was started."""
-
-    def state(self) -> State: ...
-
-    def said(self) -> str:
-        """Where its words are, or what ended it: for a job that left neither an artifact nor an error."""
-
-    def cancel(self) -> None: ...
-
-
-class Engine(Protocol):
-    """Starts jobs."""
-
-    def has_room(self, needs: NeedsConfig) -> bool:
-        """Whether a job may be submitted now; an engine that queues always has."""
-
-    def submit(self, job: Build, needs: NeedsConfig) -> Handle: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Build:
-    """What a job does: one artifact, and what is missing before it.
-
-    Attributes:
-        folder: the working directory that relative paths are meant from.
-        threads: None: as many as the process has.
-    """
-
-    node: Node
-    store: str
-    folder: str
-    threads: int | None
-    patience: Patience | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.node.stage}-{self.node.key}"
-
-    def __call__(self) -> None:
-        os.chdir(self.folder)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
-        logging.getLogger("numba").setLevel(logging.WARNING)
-        if self.threads is not None:
-            set_threads(self.threads)
-        Store(Path(self.store), self.patience).materialize(self.node, execute)
-
-    def checkpoint(self) -> Any:
-        """Submitit's hook before a requeue: the same again, since the store keeps the parts."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
-
-class Submitted:
-    """A job of submitit's. Its result is not asked for: Slurm's accounting, which that may need, is often off."""
-
-    def __init__(self, job: Any, queue: Queue) -> None:
-        self.job = job
-        self.queue = queue
-
-    def state(self) -> State:
-        done = self.job.paths.result_pickle.exists()
-        return State.ended if done else self.queue.state(self.job.job_id)
-
-    def said(self) -> str:
-        return f"what it printed: {self.job.paths.stderr}"
-
-    def cancel(self) -> None:
-        self.job.cancel(check=False)
 
 
 class Forked:
@@ -181,83 +89,6 @@ def _forked(job: Build, log_file: str) -> None:
             os.dup2(stream.fileno(), descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the sweep ends its jobs itself
     job()
-
-
-class Queue:
-    """What squeue says of this user's jobs, asked once every few seconds for all of them."""
-
-    def __init__(self) -> None:
-        self._words: dict[str, str] = {}
-        self._asked = 0.0
-        self._submitted: dict[str, float] = {}
-
-    def add(self, job_id: str) -> None:
-        self._submitted[job_id] = time.monotonic()
-
-    def state(self, job_id: str) -> State:
-        """A job that is not listed has ended, unless it is so new that it may not be listed yet."""
-        now = time.monotonic()
-        if now - self._asked > SQUEUE_EVERY_S:
-            self._ask()
-            self._asked = now
-        word = self._words.get(job_id)
-        if word is None:
-            return State.waiting if now - self._submitted.get(job_id, 0.0) < 5 * SQUEUE_EVERY_S else State.ended
-        if word in WAITING:
-            return State.waiting
-        return State.running if word in RUNNING else State.ended
-
-    def _ask(self) -> None:
-        command = ["squeue", "--me", "--noheader", "--states=all", "--format=%A %T"]
-        try:
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        except (OSError, subprocess.SubprocessError) as error:  # a controller that is away for a moment
-            log.warning("squeue does not answer (%s); asked again", error)
-            return
-        self._words = dict(line.split() for line in asked.stdout.splitlines() if line.strip())
-
-
-class Slurm:
-    """Batch jobs. What is cancelled or killed is seen in squeue, so that no accounting is needed.
-
-    Raises:
-        ConfigError: submitit is not installed, or this machine has no sbatch.
-    """
-
-    def __init__(self, config: LauncherConfig) -> None:
-        try:
-            import submitit
-        except ImportError as error:
-            raise ConfigError("launcher=slurm needs submitit: pip install 'pmpd[slurm]'") from error
-        if submitit.SlurmExecutor.affinity() < 0:
-            raise ConfigError("launcher=slurm is not possible: there is no sbatch here; launcher=local needs none")
-        self.executor = submitit.SlurmExecutor(folder=f"{config.folder}/%j", max_num_timeout=100)
-        self.config = config
-        self.queue = Queue()
-
-    def has_room(self, needs: NeedsConfig) -> bool:
-        return True
-
-    def submit(self, job: Build, needs: NeedsConfig) -> Handle:
-        parameters: dict[str, Any] = {
-            "job_name": job.name,
-            "cpus_per_task": needs.cpus,
-            "mem": f"{max(1, round(1024 * needs.memory_gib))}M",
-            "time": needs.minutes,
-            "signal_delay_s": GRACE_S,
-            "additional_parameters": {"requeue": True, **self.config.options},
-        }
-        if needs.gpus:
-            parameters["gpus_per_node"] = needs.gpus
-        if self.config.partition is not None:
-            parameters["partition"] = self.config.partition
-        self.executor.update_parameters(**parameters)
-        submitted = self.executor.submit(job)
-        self.queue.add(submitted.job_id)
-        return Submitted(submitted, self.queue)
-
-    def close(self) -> None:
-        pass
 
 
 class Task:
@@ -341,12 +172,6 @@ def open_engine(config: LauncherConfig) -> Engine | None:
             return Slurm(config)
         case LauncherKind.ray:
             return Ray(config, cpus)
-
-
-def set_threads(threads: int) -> None:
-    """For torch and numba alike: numba's OpenMP layer sets torch's number to its own when it first runs."""
-    torch.set_num_threads(threads)
-    numba.set_num_threads(min(threads, numba.get_num_threads()))
 
 
 def needs_of(node: Node, config: LauncherConfig) -> NeedsConfig:

@@ -42,6 +42,7 @@ from pmpd.report import (
     summary_table,
     tidy,
 )
+from pmpd.report.drawings import Drawings
 from pmpd.report.export import export
 from pmpd.report.npu import write_npu_report
 from pmpd.stages import read_summary
@@ -90,10 +91,16 @@ def collect(
             cell = Planner(config, store, reading=True).cell()
             found += [(cell, record) for record in cell_records([cell], store)]
         except (ValueError, FileNotFoundError, StoreError) as error:
-            failures = [store.failure(n) for n in cell.read] if cell is not None else []
-            reason = told or next((f for f in failures if f), str(error))
+            reason = told or (_failure(cell, store) if cell is not None else "") or str(error)
             missing.append(Missing(_command(overrides), reason))
     return Collected(found, missing)
+
+
+def _failure(cell: Cell, store: Store) -> str:
+    """What the store has noted of the first artifact that the cell misses because building it failed."""
+    missing = [n for target in cell.read for n in target.ancestors() if store.status(n) != "cached"]
+    noted = ((node, store.failure(node)) for node in missing)
+    return next((f"{node.stage} {node.key}: {words}" for node, words in noted if words), "")
 
 
 def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
@@ -160,7 +167,7 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
                     record.scheduler,
                 )
         group.append(record)
-    texts, figures = [], []
+    texts, drawings = [], Drawings(out)
     for (model, task), group in groups.items():
         text = f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}"
         if categories := category_table(group):
@@ -169,26 +176,28 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
             text += f"\n\nLinear layers, one input, {LINEARS_CAPTION}:\n\n{linears_table(group[0].linears)}"
         texts.append(text)
         stem = f"{model}_{task}"
-        draw_quality(group, out / f"quality_{stem}.png")
-        figures.append(out / f"quality_{stem}.png")
+        drawings.draw(draw_quality, group, name=f"quality_{stem}.png")
         if len(group) > MANY:
-            draw_cells(group, out / f"cells_{stem}.png")
-            figures.append(out / f"cells_{stem}.png")
+            drawings.draw(draw_cells, group, name=f"cells_{stem}.png")
         curves = [r for r in group if r.switch_curve and len(r.levels) == 2]
         if curves:
             best = next((r for r in curves if r.fit_curve), curves[0])
-            draw_switch_steps(best, out / f"switch_step_{stem}.png")
-            figures.append(out / f"switch_step_{stem}.png")
+            drawings.draw(draw_switch_steps, best, name=f"switch_step_{stem}.png")
     for model in dict.fromkeys(r.model for r in records):
         record = next(r for r in records if r.model == model)
-        draw_perplexity(record.perplexity_curve, record.tolerance, model, out / f"perplexity_{model}.png")
-        figures.append(out / f"perplexity_{model}.png")
+        drawings.draw(draw_perplexity, record.perplexity_curve, record.tolerance, model, name=f"perplexity_{model}.png")
+    drawings.close()
     if missing:
         rows = [[cell.command, " ".join(cell.reason.split()).replace("|", "/")] for cell in missing]
         texts.append(f"## Missing\n\n{markdown_table(['filled by', 'why it is missing'], rows)}")
     text = "\n\n".join(texts) + "\n"
     (out / "table.md").write_text(text, encoding="utf-8")
-    log.info("\n%s\nwritten to %s: results.csv, table.md, %s (and .pdf)", text, out, ", ".join(f.name for f in figures))
+    log.info(
+        "\n%s\nwritten to %s: results.csv, table.md, %s (and .pdf)",
+        text,
+        out,
+        ", ".join(f.name for f in drawings.paths),
+    )
     return text
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.dispatch import Dispatcher, Job, Phase, jobs_for
-from pipelines.engines import Engine, open_engine, set_threads
+from pipelines.engines import open_engine
 from pipelines.gpu import gpu_cell
+from pipelines.jobs import Engine, set_threads
 from pipelines.plan import INPUT_STAGES, MissingSearchError, Planner
 from pipelines.preflight import check_disk, check_sources
 from pipelines.screen import CellView, Screen

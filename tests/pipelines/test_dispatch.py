@@ -8,7 +8,8 @@ import pytest
 
 from pipelines import dispatch
 from pipelines.dispatch import Dispatcher, Phase, jobs_for
-from pipelines.engines import Build, State, needs_of
+from pipelines.engines import needs_of
+from pipelines.jobs import Build, State
 from pipelines.screen import CellView, Screen, duration
 from pmpd.artifacts import Node, Store, write_json
 from pmpd.config import LauncherConfig, LauncherKind, NeedsConfig

@@ -127,7 +127,7 @@ def test_a_worker_that_is_killed_is_given_again_and_nothing_is_lost(serial, tiny
         while not killed:
             for lock in (tmp_path / "store").glob("rollouts/*.0.lock"):
                 held = holder(lock.parent, lock.name.partition(".")[0])
-                if held is not None and held["pid"] != os.getpid():
+                if held is not None and isinstance(held["pid"], int) and held["pid"] != os.getpid():
                     os.kill(held["pid"], signal.SIGKILL)
                     killed.append(held["pid"])
             time.sleep(0.002)
