@@ -209,6 +209,7 @@ def _policy(of: Choosing) -> Choice:
 def _dense_sparse(of: Choosing) -> Choice:
     planner, scheduler, quantizer = of.planner, of.config.scheduler, of.config.quantizer
     assert scheduler.target is not None
+    matched = choose(dataclasses.replace(of, config=dataclasses.replace(of.config, scheduler=scheduler.target)))
     model = DENSE_SPARSE.node(
         DenseSparseConfig(
             of.precisions.low,
@@ -216,15 +217,19 @@ def _dense_sparse(of: Choosing) -> Choice:
             quantizer.solver.value,
             scheduler.outliers.value,
             scheduler.accounting.value,
+            matched.schedule.name if matched.schedule else None,
+            planner.max_new_tokens,
             of.config.model.trust_remote_code,
         ),
         model=planner.model,
         sensitivity=planner.sensitivity(),
-        evaluation=planner.cell(scheduler.target).evaluation,
+        rollouts=of.rollouts,
+        **matched.inputs,
+        **planner.outliers(),
     )
     low = Schedule.uniform(of.precisions.low)
     own = planner.rollout(of.prompts, [low], planner.max_new_tokens, model)
-    return Choice(low, {"rollouts_own": own, "dense_sparse": model}, dense_sparse=model)
+    return Choice(low, {"rollouts_own": own}, dense_sparse=model)
 
 
 CHOICES: dict[SchedulerKind, Callable[[Choosing], Choice]] = {

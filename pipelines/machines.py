@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class Measured:
         levels: the cell's precisions, falling.
         runtime: of its evaluation; times of a GPU are on that whatever it says.
         dense_sparse: the model that was evaluated where it is not ``nested``.
+        outliers: the model that was evaluated if it has outliers, as the input that says their bits.
     """
 
     model: Input
@@ -69,6 +70,7 @@ class Measured:
     levels: tuple[int, ...]
     runtime: RuntimeConfig
     dense_sparse: Node | None = None
+    outliers: Mapping[str, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,13 @@ def measures(config: Config, store: Store, of: Measured, *, reading: bool) -> Me
     if not isinstance(hardware, GpuConfig):
         estimate = EstimateConfig(
             npu=dataclasses.asdict(hardware),
-            parent_bits=quantizer.parent_bits,
+            parent_bits=quantizer.parent_bits if of.dense_sparse is None else of.levels[-1],
             group_size=quantizer.group_size,
             trust_remote_code=config.model.trust_remote_code,
             resamples=budget.bootstrap_resamples,
             seed=config.seed,
         )
-        outliers = {} if of.dense_sparse is None else {"dense_sparse": of.dense_sparse}
-        return Measures(ESTIMATE.node(estimate, evaluation=of.evaluation, model=of.model, **outliers), steps, None)
+        return Measures(ESTIMATE.node(estimate, evaluation=of.evaluation, model=of.model, **of.outliers), steps, None)
     if of.dense_sparse is not None:
         raise ConfigError(f"hardware={hardware.name} is not possible: no GPU kernel reads outliers; npu_4k estimates")
     forwards = hardware.linear_forwards
@@ -120,7 +121,7 @@ def measures(config: Config, store: Store, of: Measured, *, reading: bool) -> Me
 
     gain = GainConfig(of.levels[0], budget.bootstrap_resamples, config.seed)
     return Measures(
-        GAIN.node(gain, evaluation=of.evaluation, latency=steps),
+        GAIN.node(gain, evaluation=of.evaluation, latency=steps, **of.outliers),
         steps,
         timed(store, "cuda", linears, reading=reading),
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pipelines.choices import SEARCHED, Choosing, Precisions, candidates, choose, prefill_bits
 from pipelines.machines import Measured, Measures, check_hardware, measures
 from pipelines.sources import device_type, encoder_input, task_input, text_input
-from pmpd.artifacts import Input, Node, Store
+from pmpd.artifacts import DamagedArtifactError, Input, Node, Store
 from pmpd.config import (
     Config,
     ConfigError,
@@ -73,7 +73,8 @@ class Cell:
     @property
     def read(self) -> list[Node]:
         """What a report reads, in the order in which it is built."""
-        nodes = [self.search, self.fit, self.training, self.evaluation, self.latency, self.linears, self.gain]
+        chosen = [self.fit, self.training, self.dense_sparse]
+        nodes = [self.search, *chosen, self.evaluation, self.latency, self.linears, self.gain]
         return [node for node in nodes if node is not None]
 
     @property
@@ -84,7 +85,7 @@ class Cell:
 
 
 class MissingSearchError(ConfigError):
-    """``model.high_bits`` is null and the search has not run."""
+    """``model.high_bits`` is null and the search has not run, or its result is damaged."""
 
 
 class Planner:
@@ -195,7 +196,7 @@ class Planner:
         """The cell's precisions: given, or what the search found.
 
         Raises:
-            MissingSearchError: they hang on a search that has not run.
+            MissingSearchError: they hang on a search that has not run, or whose result is damaged.
             ConfigError: the search found no lossless precision, or no room below it.
         """
         model, nested_low = self.config.model, self.config.quantizer.seed_bits
@@ -203,7 +204,12 @@ class Planner:
         if high is None:
             if self.store.status(self.search) != "cached":
                 raise MissingSearchError("model.high_bits is null and the precision search has not run yet")
-            metrics = read_summary(self.store.verify(self.search))["metrics"]
+            try:
+                metrics = read_summary(self.store.verify(self.search, ".json"))["metrics"]
+            except DamagedArtifactError as error:  # what builds the search replaces it
+                raise MissingSearchError(
+                    f"model.high_bits is null and the precision search is damaged: {error}"
+                ) from error
             high, source = metrics["lowest_lossless_bits"], "search"
             if high is None:
                 raise ConfigError(
@@ -233,6 +239,7 @@ class Planner:
         prompts = self.prompts(task.test_split, budget.test_samples)
         rollouts = self.rollouts(prompts, options, precisions, self.max_new_tokens)
         choice = choose(Choosing(self, config, precisions, options, prompts, rollouts["rollouts"]))
+        outliers = self.outliers(choice.dense_sparse)
         evaluation = EVALUATE.node(
             EvaluateConfig(
                 scheduler=config.scheduler.policy or kind.value,
@@ -249,6 +256,7 @@ class Planner:
             prompts=prompts,
             **rollouts,
             **choice.inputs,
+            **outliers,
             **self.encoder,
         )
         gains = self._measures(evaluation, precisions, choice.dense_sparse)
@@ -270,9 +278,23 @@ class Planner:
         return measures(
             self.config,
             self.store,
-            Measured(self.model, self.nested, evaluation, precisions.levels, self.runtime, dense_sparse),
+            Measured(
+                self.model,
+                self.nested,
+                evaluation,
+                precisions.levels,
+                self.runtime,
+                dense_sparse,
+                self.outliers(dense_sparse),
+            ),
             reading=self.reading,
         )
+
+    def outliers(self, dense_sparse: Node | None = None) -> dict[str, Node]:
+        """The model that a cell decodes if it has outliers, as the input that says the bits they add to a step."""
+        if dense_sparse is not None:
+            return {"outliers": dense_sparse}
+        return {"outliers": self.nested} if self.config.quantizer.outlier_share else {}
 
     def rollouts(
         self, prompts: Node, options: Sequence[Schedule], precisions: Precisions, tokens: int

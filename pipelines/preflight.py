@@ -91,6 +91,11 @@ def check_disk(planner: Planner) -> None:
     """
     store = planner.store
     todo = {n.stage for n in planner.search.ancestors() if store.status(n) != "cached"}
+    kind = planner.config.scheduler.kind
+    if kind is SchedulerKind.dense_sparse:
+        known = [cell.dense_sparse for cell in cells_of(planner, [kind])]
+        if not all(node is not None and store.status(node) == "cached" for node in known) or not known:
+            todo.add(kind.value)
     weights = [f for f in planner.source.files if f.suffix in BYTES_PER_WEIGHT]
     if not all(f.is_absolute() for f in weights):
         log.info("the size of %s is known after its download, so disk space is not checked", planner.source.path)
@@ -99,7 +104,7 @@ def check_disk(planner: Planner) -> None:
     nested = 1.25 * planner.config.quantizer.parent_bits / 8
     # Second moments are in x in float32 a layer: about 5 bytes a weight where layers are near square.
     bytes_each = {"weights": 2.0, "sensitivity": 2.0, "moments": 5.0}
-    bytes_each |= dict.fromkeys(("quantize", "quantize_joint", "tune_tables"), nested)
+    bytes_each |= dict.fromkeys(("quantize", "quantize_joint", "tune_tables", "dense_sparse"), nested)
     needed_gib = parameters * sum(v for stage, v in bytes_each.items() if stage in todo) / 2**30 + 0.1
     free_gib = shutil.disk_usage(store.root).free / 2**30
     if needed_gib > free_gib:

@@ -92,7 +92,7 @@ class Schedule:
         return cls(int(prefill), tuple(int(p[0]) for p in pairs), tuple(int(p[2]) for p in pairs[:-1]))
 
 
-def average_bits(bits: Sequence[int]) -> float:
+def average_bits(bits: Sequence[float]) -> float:
     """Mean bits over the decode steps of one sequence; NaN when it has none."""
     return sum(bits) / len(bits) if bits else math.nan
 

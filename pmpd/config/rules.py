@@ -176,6 +176,8 @@ def _check_scheduler(config: Config) -> None:
     if (scheduler.kind is SchedulerKind.dense_sparse) != (scheduler.target is not None):
         _refuse("scheduler.target", scheduler.target, "a scheduler for kind=dense_sparse, and only for it")
     if scheduler.target is not None:
+        if scheduler.grid is not None:
+            _refuse("scheduler.grid", list(scheduler.grid), "null: scheduler.target.grid is of the scheduler to match")
         if scheduler.target.kind not in (SchedulerKind.static, SchedulerKind.policy):
             _refuse("scheduler.target", scheduler.target.name, "one that steps down, such as static or learned")
         _check_scheduler(dataclasses.replace(config, scheduler=scheduler.target))

@@ -2,7 +2,7 @@
 
 from pmpd.decode.ahead import ahead
 from pmpd.decode.cache import BufferCache
-from pmpd.decode.complete import complete, finish, stream
+from pmpd.decode.complete import finish, stream
 from pmpd.decode.fastest import CPU_FORWARD, FUSED_GRAPHS, fastest, graphed
 from pmpd.decode.forward import two_phase_nll, window_nll
 from pmpd.decode.loop import ContextError, State, StepModel, context_limit, decode, prefill
@@ -18,7 +18,6 @@ __all__ = [
     "StepModel",
     "TreeStats",
     "ahead",
-    "complete",
     "context_limit",
     "decode",
     "decode_schedules",

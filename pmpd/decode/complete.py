@@ -19,36 +19,6 @@ from pmpd.records import Schedule, Step
 from pmpd.schedulers import Planned, Policy, ReadsActivations, Scheduler
 
 
-def complete(
-    model: nn.Module,
-    cell: PrecisionCell | None,
-    prompts: Sequence[Sequence[int]],
-    scheduler: Scheduler,
-    *,
-    max_new_tokens: int,
-    eos_ids: Collection[int],
-    pad_id: int = 0,
-) -> list[tuple[Schedule, list[int]]]:
-    """The schedule that each prompt was decoded under and its generated token ids, end-of-sequence token included.
-
-    One prefill for the batch, one decision a prompt. Prompts share forwards for as long as their policies agree.
-
-    Raises:
-        ValueError: as :func:`pmpd.decode.loop.prefill`; or a policy that raised the bits.
-    """
-    state = prefill(
-        model,
-        cell,
-        prompts,
-        scheduler.prefill_bits,
-        max_new_tokens=max_new_tokens,
-        pad_id=pad_id,
-        activations=isinstance(scheduler, ReadsActivations) and scheduler.reads_activations,
-    )
-    policies = [scheduler.begin(state.view(row)) for row in range(len(prompts))]
-    return finish(model, cell, state, dict(enumerate(policies)), eos_ids=eos_ids)
-
-
 def finish(
     model: nn.Module,
     cell: PrecisionCell | None,
@@ -59,8 +29,11 @@ def finish(
 ) -> list[tuple[Schedule, list[int]]]:
     """Decode from a fresh ``state``, which is used up, the rows that ``policies`` has, each under its own.
 
+    Rows share forwards for as long as their policies agree.
+
     Returns:
-        in the order of ``policies``, what :func:`complete` does.
+        in the order of ``policies``, the schedule that each row was decoded under and its generated token ids,
+        end-of-sequence token included.
 
     Raises:
         ValueError: a policy that raised the bits.

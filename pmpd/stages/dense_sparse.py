@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
-from pmpd.artifacts import read_json
-from pmpd.models.blocks import SHARDS
-from pmpd.quant import NestedWeight, Outliers, quantize_dense_sparse
+from pmpd.quant import NestedWeight, quantize_dense_sparse
 from pmpd.quant.dense_sparse import NOMINAL_BITS
 from pmpd.stages.base import Stage, read_summary, write_summary
-from pmpd.stages.evaluate import RESULTS_FILE
+from pmpd.stages.bits import chosen, mean_bits, outlier_bits, read_outliers
 from pmpd.stages.quantization import quantize_blocks
 
 
@@ -31,6 +27,7 @@ class DenseSparseConfig:
         bits: of the dense part.
         outliers: ``sensitivity`` or ``magnitude``.
         accounting: ``stored``, indices included, or ``nominal``, the paper's.
+        schedule: of the scheduler to match, by name; None when the ``choice`` or ``decisions`` input says it.
     """
 
     bits: int
@@ -38,12 +35,14 @@ class DenseSparseConfig:
     solver: str
     outliers: str
     accounting: str
+    schedule: str | None
+    max_new_tokens: int
     trust_remote_code: bool
 
 
 def run_dense_sparse(config: DenseSparseConfig, inputs: Mapping[str, Path], out: Path) -> None:
-    """Quantise every block linear to the average decode bits of the ``evaluation`` input, every matrix alike."""
-    target = target_bits(read_json(inputs["evaluation"] / RESULTS_FILE))
+    """Quantise every block linear to the average decode bits of another scheduler, every matrix alike."""
+    target = target_bits(inputs, config.schedule, config.max_new_tokens)
 
     def quantize(weight: Tensor, sensitivity: Tensor | None) -> NestedWeight:
         assert sensitivity is not None
@@ -59,7 +58,7 @@ def run_dense_sparse(config: DenseSparseConfig, inputs: Mapping[str, Path], out:
         )
 
     quantize_blocks(quantize, inputs["model"], inputs["sensitivity"], config.trust_remote_code, out)
-    found = [o for file in sorted(out.glob(SHARDS)) for o in _outliers(file)]
+    found = read_outliers(out)
     num_weights = read_summary(out)["metrics"]["num_weights"]
     count = sum(len(o.values) for o in found)
     write_summary(
@@ -76,24 +75,17 @@ def run_dense_sparse(config: DenseSparseConfig, inputs: Mapping[str, Path], out:
     )
 
 
-def target_bits(results: list[dict[str, Any]]) -> float:
-    """Average decode bits of an evaluation.
+def target_bits(inputs: Mapping[str, Path], schedule: str | None, max_new_tokens: int) -> float:
+    """Average decode bits of the completions that the scheduler to match chose, outliers of its model included.
 
     Raises:
         ValueError: it took no decode step.
     """
-    for row in results:
-        if row["quantity"] == "average_bits":
-            return float(row["value"])
-    raise ValueError("the scheduler to match took no decode step, so it has no average bits")
+    completions = list(chosen(inputs, schedule, max_new_tokens).values())
+    found = mean_bits(completions, outlier_bits(inputs))
+    if found is None:
+        raise ValueError("the scheduler to match took no decode step, so it has no average bits")
+    return found.value()
 
 
-def _outliers(file: Path) -> list[Outliers]:
-    with safe_open(file, framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys() if ".outliers." in name}  # noqa: SIM118
-    names = dict.fromkeys(name.partition(".outliers.")[0] for name in tensors)
-    found = [Outliers.from_tensors(tensors, name) for name in names]
-    return [o for o in found if o is not None]
-
-
-DENSE_SPARSE = Stage("dense_sparse", 1, DenseSparseConfig, run_dense_sparse, "k-means over every weight, twice")
+DENSE_SPARSE = Stage("dense_sparse", 2, DenseSparseConfig, run_dense_sparse, "k-means over every weight, twice")

@@ -11,21 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pmpd.artifacts import read_jsonl, write_json, write_jsonl
 from pmpd.records import Completion, Generation, Interval, Sample, Schedule, average_bits
 from pmpd.stages.base import Stage, read_summary, write_summary
-from pmpd.stages.decide import read_decisions
-from pmpd.stages.fit_static import read_choice
+from pmpd.stages.bits import bits_results, chosen, mean_bits, outlier_bits, step_bits
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import read_rollouts
 from pmpd.stages.scoring import (
     Encoder,
     Scores,
+    exact,
     fp16_references,
-    mean_scores,
     references_of,
+    result,
     score_turns,
     unit_of,
 )
@@ -63,11 +61,7 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
     table = read_rollouts(*(path for name, path in inputs.items() if name.startswith("rollouts")))
     fp16 = table[Schedule.uniform(16)]
     high = in_order(samples, table[Schedule.parse(config.high)])
-    if "decisions" in inputs:
-        own = in_order(samples, read_decisions(inputs["decisions"]))
-    else:
-        schedule = read_choice(inputs["choice"]) if "choice" in inputs else Schedule.parse(str(config.schedule))
-        own = in_order(samples, table[schedule.canonical(config.max_new_tokens)])
+    own = in_order(samples, chosen(inputs, config.schedule, config.max_new_tokens))
     references = references_of(samples, fp16)
     agreement = fp16_references(samples, fp16)
     encoder = Encoder(config.encoder, config.device)
@@ -106,11 +100,13 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
         row["agreement"] = float(value)
 
     extra_bits = outlier_bits(inputs)
-    add_bits(results, own, config.resamples, config.seed, extra_bits)
+    results += bits_results(own, config.resamples, config.seed, extra_bits)
     add_failures(results, own, read_summary(inputs["prompts"])["metrics"].get("num_shortened", 0))
     for row, completion in zip(per_sample, own, strict=True):
         row |= {
-            "average_bits": average_bits(completion.decode_bits) + extra_bits if completion.decode_bits else None,
+            "average_bits": average_bits(step_bits(completion.decode_bits, extra_bits))
+            if completion.decode_bits
+            else None,
             "new_tokens": sum(len(g.token_ids) for g in completion.generations),
             "schedule": ";".join(g.schedule.name for g in completion.generations),
         }
@@ -122,16 +118,9 @@ def run_evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path) 
     write_summary(
         out,
         {r["quantity"]: r["value"] for r in results},
-        curves={"switch_step": _curve(config, samples, table, references, encoder)},
+        curves={"switch_step": _curve(config, samples, table, references, encoder, extra_bits)},
         tables={"results": results},
     )
-
-
-def outlier_bits(inputs: Mapping[str, Path]) -> float:
-    """Bits a weight that outliers add to every step of the completions, 0 for a model without."""
-    if "dense_sparse" not in inputs:
-        return 0.0
-    return float(read_summary(inputs["dense_sparse"])["metrics"]["outlier_bits"])
 
 
 def add_categories(
@@ -161,32 +150,13 @@ def add_failures(results: list[dict[str, Any]], own: Sequence[Completion], num_s
     results.append(exact("empty_answers", "answers without a text", sum(not g.text for g in answers), len(answers)))
 
 
-def add_bits(
-    results: list[dict[str, Any]], own: Sequence[Completion], resamples: int, seed: int, extra_bits: float = 0.0
-) -> None:
-    """Average bits over sequences (the paper's), over tokens, and how many sequences had no decode step.
-
-    ``extra_bits``: what outliers add to every step.
-    """
-    decoded = [[bits + extra_bits for bits in c.decode_bits] for c in own if c.decode_bits]
-    if decoded:
-        by_sequence = mean_scores([sum(bits) / len(bits) for bits in decoded])
-        results.append(result("average_bits", "bits, mean over sequences", by_sequence.interval(resamples, seed)))
-        by_token = Scores(
-            np.array([[sum(bits), len(bits)] for bits in decoded], float), lambda total: total[..., 0] / total[..., 1]
-        )
-        results.append(result("average_bits_tokens", "bits, mean over tokens", by_token.interval(resamples, seed)))
-    lengths = mean_scores([sum(len(g.token_ids) for g in c.generations) for c in own])
-    results.append(result("new_tokens", "tokens a sample", lengths.interval(resamples, seed)))
-    results.append(exact("no_decode_step", "samples", len(own) - len(decoded), len(own)))
-
-
 def _curve(
     config: EvaluateConfig,
     samples: Sequence[Sample],
     table: Mapping[Schedule, Mapping[str, Completion]],
     references: list[list[list[str]]],
     encoder: Encoder,
+    extra_bits: float,
 ) -> list[dict[str, Any]]:
     """Quality of every candidate schedule on the test split, by the first metric."""
     rows = []
@@ -194,34 +164,17 @@ def _curve(
         schedule = Schedule.parse(name)
         answers = in_order(samples, table[schedule.canonical(config.max_new_tokens)])
         interval = score_turns(config.metrics[0], answers, references, encoder).interval(config.resamples, config.seed)
-        bits = [average_bits(c.decode_bits) for c in answers if c.decode_bits]
+        bits = mean_bits(answers, extra_bits)
         rows.append(
             {
                 "switch_step": schedule.switch_steps[0],
                 "switch_steps": list(schedule.switch_steps),
                 "schedule": name,
-                "average_bits": sum(bits) / len(bits) if bits else None,
+                "average_bits": bits.value() if bits else None,
                 **result(config.metrics[0], unit_of(config.metrics[0], config.encoder), interval),
             }
         )
     return rows
-
-
-def result(quantity: str, unit: str, interval: Interval) -> dict[str, Any]:
-    """One row of the tidy frame."""
-    return {
-        "quantity": quantity,
-        "unit": unit,
-        "value": interval.value,
-        "ci_low": interval.low,
-        "ci_high": interval.high,
-        "n": interval.n,
-    }
-
-
-def exact(quantity: str, unit: str, value: float, n: int) -> dict[str, Any]:
-    """A row for a number that has no interval: a count, or a property of the sample."""
-    return {"quantity": quantity, "unit": unit, "value": value, "ci_low": None, "ci_high": None, "n": n}
 
 
 def in_order(samples: Sequence[Sample], completions: Mapping[str, Completion]) -> list[Completion]:

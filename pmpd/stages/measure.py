@@ -19,8 +19,9 @@ from pmpd.hardware.npu import NPU, StoredWeights, decode_steps_s, prefill_forwar
 from pmpd.models import architecture
 from pmpd.records import FP16_BITS, Completion, Generation
 from pmpd.stages.base import Stage, write_summary
-from pmpd.stages.evaluate import RESULTS_FILE, outlier_bits, read_completions, result
-from pmpd.stages.scoring import mean_scores
+from pmpd.stages.bits import outlier_bits, step_bits
+from pmpd.stages.evaluate import RESULTS_FILE, read_completions
+from pmpd.stages.scoring import mean_scores, result
 
 Seconds = NDArray[np.float64]
 StepsS = Callable[[int, list[int]], Seconds]
@@ -29,7 +30,8 @@ StepsS = Callable[[int, list[int]], Seconds]
 
 @dataclass(frozen=True)
 class EstimateConfig:
-    """The NPU's constants (``conf/hardware``), the nested model's planes and the inputs that share a table."""
+    """The NPU's constants (``conf/hardware``), the planes of the model that was decoded and the inputs that share a
+    table."""
 
     npu: dict[str, Any]
     parent_bits: int
@@ -43,18 +45,14 @@ def run_estimate(config: EstimateConfig, inputs: Mapping[str, Path], out: Path) 
     """Throughput and paired speed-up on an NPU for the completions of an evaluation."""
     npu = NPU(**config.npu)
     shape = architecture(inputs["model"], config.trust_remote_code)
-    weights = StoredWeights(config.parent_bits, config.group_size)
-
     extra = outlier_bits(inputs)
-
-    def read(bits: int) -> float:
-        return bits if bits == FP16_BITS else bits + extra
+    weights = StoredWeights(config.parent_bits + extra, config.group_size)
 
     def steps_s(prompt_tokens: int, bits: list[int]) -> Seconds:
-        return decode_steps_s(npu, shape, prompt_tokens, [read(b) for b in bits], weights)
+        return decode_steps_s(npu, shape, prompt_tokens, step_bits(bits, extra), weights)
 
     def prefill_s(prompt_tokens: int, bits: int) -> float:
-        return float(prefill_forward(npu, shape, read(bits), prompt_tokens, weights).total_s)
+        return float(prefill_forward(npu, shape, step_bits([bits], extra)[0], prompt_tokens, weights).total_s)
 
     completions = read_completions(inputs["evaluation"])
     where = f"on {npu.name}, estimated; {npu.counted}"
@@ -96,7 +94,10 @@ def run_gain(config: GainConfig, inputs: Mapping[str, Path], out: Path) -> None:
 
     where = f"on {timing['machine']}, measured steps; {timing['engine']}; {timing['weights']}"
     completions = read_completions(inputs["evaluation"])
-    _write(out, decode_gains("gpu", where, completions, steps_s, config.high_bits, config.resamples, config.seed))
+    extra = outlier_bits(inputs)
+    _write(
+        out, decode_gains("gpu", where, completions, steps_s, config.high_bits, config.resamples, config.seed, extra)
+    )
 
 
 def decode_gains(
@@ -113,7 +114,7 @@ def decode_gains(
 
     The speed-up of a sample is the fp16 (or uniform high) time of the *same* steps (same prompt, same number of
     tokens, same contexts) over its own, so it does not mix in that another precision writes longer or shorter.
-    ``extra_bits``: what outliers add to a step's bits.
+    ``extra_bits``: what outliers add to a nested step's bits.
     """
     rate, gain, gain_over_high, time_bits = [], [], [], []
     for completion in completions:
@@ -125,7 +126,7 @@ def decode_gains(
         gain.append(sum(at(steps_s, g, FP16_BITS).sum() for g in generations) / seconds.sum())
         if high_bits is not None:
             gain_over_high.append(sum(at(steps_s, g, high_bits).sum() for g in generations) / seconds.sum())
-        time_bits.append(seconds @ np.asarray(completion.decode_bits) / seconds.sum() + extra_bits)
+        time_bits.append(seconds @ np.asarray(step_bits(completion.decode_bits, extra_bits)) / seconds.sum())
     quantities = (
         (f"{kind}_decode_throughput", f"tokens/s {where}", rate),
         (f"{kind}_decode_speedup", f"times fp16 {where}", gain),

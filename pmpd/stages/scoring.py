@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,3 +124,20 @@ def unit_of(metric: str, encoder: str) -> str:
         case "bertscore":
             return f"F1 x 100, {encoder}"
     return f"corpus, {bleu_signature(metric)}"
+
+
+def result(quantity: str, unit: str, interval: Interval) -> dict[str, Any]:
+    """One row of the tidy frame."""
+    return {
+        "quantity": quantity,
+        "unit": unit,
+        "value": interval.value,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "n": interval.n,
+    }
+
+
+def exact(quantity: str, unit: str, value: float, n: int) -> dict[str, Any]:
+    """A row for a number that has no interval: a count, or a property of the sample."""
+    return {"quantity": quantity, "unit": unit, "value": value, "ci_low": None, "ci_high": None, "n": n}

@@ -9,6 +9,7 @@ from hydra.errors import HydraException, MissingConfigException
 from pipelines.machines import npu_of
 from pipelines.schema import register
 from pmpd.config import ConfigError, from_omegaconf
+from pmpd.stages import STAGES
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -117,3 +118,19 @@ def test_impossible_combinations_are_refused():
     with pytest.raises(ConfigError, match="one split only"):
         cell("task=mtbench", "scheduler=static")
     cell("task=mtbench", "scheduler=static", "scheduler.switch_step=32")
+
+
+def test_a_launcher_has_a_job_for_every_stage_that_reads_a_model():
+    costs_seconds = {"texts", "prompts", "seeds", "fit_static", "labels", "oracle", "estimate", "gain"}
+    of_this_machine = {"latency", "linears"}
+    of_its_own_pipeline = {"hyperparameters"}
+    jobs = set(cell("launcher=local").launcher.stages)
+    assert jobs | costs_seconds | of_this_machine | of_its_own_pipeline == set(STAGES)
+
+
+def test_a_grid_for_a_matched_scheduler_is_given_to_it():
+    with pytest.raises(ConfigError, match=r"scheduler\.grid=.*scheduler\.target\.grid"):
+        cell("scheduler=dense_sparse", "scheduler.grid=[0,4]")
+    config = cell("scheduler=dense_sparse", "scheduler.target.grid=[0,4]", "scheduler.prefill=fp16")
+    assert config.scheduler.target.grid == [0, 4]
+    assert config.scheduler.target.prefill.value == "fp16"

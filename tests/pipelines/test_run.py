@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from pmpd.artifacts import Store
 from pmpd.config import ConfigError
 from pmpd.kernels import CudaUnavailableError
 from pmpd.report import COLUMNS
+from pmpd.stages import execute
 from tests.pipelines.cells import cell, overrides, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -142,6 +144,20 @@ def test_precisions_that_hang_on_a_search_that_has_not_run_are_said_so(tiny_llam
     lines = [o for o in overrides(tiny_llama, tmp_path / "store", "scheduler=high") if "_bits" not in o]
     with pytest.raises(MissingSearchError, match="search has not run"):
         Planner(cell(*lines), Store(tmp_path / "store")).cell()
+
+
+def test_a_damaged_search_is_built_again(store, tiny_llama, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    lines = [o for o in overrides(tiny_llama, tmp_path / "store", "scheduler=high") if "_bits" not in o]
+    copy = Store(tmp_path / "store")
+    planner = Planner(cell(*lines), copy)
+    expected = planner.precisions()
+    os.truncate(copy.path(planner.search) / "summary.json", 9)
+    planner = Planner(cell(*lines), Store(copy.root))
+    with pytest.raises(MissingSearchError, match=r"damaged.*summary\.json"):
+        planner.cell()
+    planner.store.materialize(planner.search, execute)
+    assert planner.precisions() == expected
 
 
 def test_changing_a_metric_or_a_tolerance_decodes_nothing(store, tiny_llama):

@@ -117,14 +117,15 @@ class StoredWeights:
     """How the weights lie in memory.
 
     Attributes:
-        parent_bits: planes of the nested model, the most that a step may read; None: not nested, any precision.
+        parent_bits: bits a weight of the nested model, planes and outliers, the most that a step may read; None: not
+            nested, any precision.
         group_size: inputs that share a table; None: a whole row.
 
     Raises:
         ValueError: a number outside its range.
     """
 
-    parent_bits: int | None = None
+    parent_bits: float | None = None
     group_size: int | None = None
 
     def __post_init__(self) -> None:
