@@ -45,7 +45,7 @@ from pmpd.files import (
     write_jsonl,
     write_tensors,
 )
-from pmpd.locks import Patience, hold
+from pmpd.locks import Patience, hold, is_latest
 
 log = logging.getLogger(__name__)
 
@@ -249,9 +249,13 @@ class Store:
             self._error(node).unlink(missing_ok=True)
             try:
                 inputs = {name: self.materialize(parent, execute) for name, parent in node.inputs.items()}
+                if not is_latest(path.parent, node.key, turn):
+                    log.warning("%s was taken over while its inputs were waited for", node.key)
+                    return  # the caller looks again, and waits for who has it now
                 work = self._claim(node, turn)
             except Exception as error:
-                self.note_failure(node, f"{type(error).__name__}: {error}")
+                if is_latest(path.parent, node.key, turn):
+                    self.note_failure(node, f"{type(error).__name__}: {error}")
                 raise
             claimed, started = work.stat().st_ino, time.monotonic()
             try:
