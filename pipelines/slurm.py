@@ -7,7 +7,7 @@ import subprocess
 import time
 from typing import Any
 
-from pipelines.jobs import Build, Handle, State
+from pipelines.jobs import Build, Handle, RefusedError, State
 from pmpd.config import ConfigError, LauncherConfig, NeedsConfig
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,12 @@ class Slurm:
         if self.config.partition is not None:
             parameters["partition"] = self.config.partition
         self.executor.update_parameters(**parameters)
-        submitted = self.executor.submit(job)
+        from submitit.core.utils import FailedJobError
+
+        try:
+            submitted = self.executor.submit(job)
+        except FailedJobError as error:
+            raise RefusedError(f"sbatch: {error}") from error
         self.queue.add(submitted.job_id)
         return Submitted(submitted, self.queue)
 

@@ -246,7 +246,7 @@ class Store:
                 aside = path.with_name(f"{node.key}.{turn}.damaged")
                 path.rename(aside)  # at once out of everybody's sight: a removal takes time, and may be killed
                 shutil.rmtree(aside)
-            self._error(node).unlink(missing_ok=True)
+            self.forget_failure(node)
             try:
                 inputs = {name: self.materialize(parent, execute) for name, parent in node.inputs.items()}
                 if not is_latest(path.parent, node.key, turn):
@@ -299,6 +299,10 @@ class Store:
             write_json(self._error(node), {"error": words, "host": socket.gethostname(), "pid": os.getpid()})
         except OSError as error:  # most often the full disk that it would have told of
             log.warning("the failure of %s %s could not be noted (%s): %s", node.stage, node.key, error, words)
+
+    def forget_failure(self, node: Node) -> None:
+        """Before another attempt, so that what is said afterwards is of that one."""
+        self._error(node).unlink(missing_ok=True)
 
     def _publish(self, node: Node, work: Path, claimed: int, seconds: float) -> None:
         """Make the turn's directory, whose inode was ``claimed``, the artifact.

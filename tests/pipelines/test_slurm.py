@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipelines import slurm
-from pipelines.jobs import State
+from pipelines.jobs import Build, RefusedError, State
+from pmpd.artifacts import Node
+from pmpd.config import LauncherConfig, LauncherKind, NeedsConfig
 
 
 class FakeSqueue:
@@ -45,3 +49,15 @@ def test_a_job_that_is_too_new_to_be_listed_waits_and_one_that_is_never_listed_h
     squeue.queue.add("7")
     assert squeue.after(3, "") is State.waiting
     assert squeue.after(60, "") is State.ended
+
+
+def test_what_sbatch_refuses_is_said_to_be_refused(tmp_path, monkeypatch):
+    pytest.importorskip("submitit", reason="needs submitit: pip install 'pmpd[slurm]'")
+    for command, line in (("srun", "exit 0"), ("sbatch", "echo QOSMaxSubmitJobPerUserLimit >&2; exit 1")):
+        (tmp_path / command).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / command).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    config = LauncherConfig(name="slurm", kind=LauncherKind.slurm, folder=str(tmp_path / "jobs"))
+    job = Build(Node("big", 1, {}), str(tmp_path / "s"), str(Path.cwd()), 1)
+    with pytest.raises(RefusedError, match="QOSMaxSubmitJobPerUserLimit"):
+        slurm.Slurm(config).submit(job, NeedsConfig())
