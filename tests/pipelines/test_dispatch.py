@@ -183,7 +183,7 @@ class FullEngine(ListEngine):
         return super().submit(job, needs)
 
 
-@pytest.mark.parametrize("refusals, done", [(5, True), (10_000, False)])
+@pytest.mark.parametrize(("refusals", "done"), [(5, True), (10_000, False)])
 def test_a_refused_job_waits_and_is_given_up_only_after_many_refusals(store, monkeypatch, refusals, done):
     monkeypatch.setattr(dispatch, "REFUSED_PAUSE_S", 0.0)
     engine = FullEngine(store, refusals)
