@@ -255,7 +255,8 @@ def open_tracker(
     """A tracker that never raises: ``offline`` and ``online`` are W&B's, ``disabled`` sends nothing.
 
     ``config`` is plain nested data; the code's version is added to it as ``code_version``. An online run that cannot
-    start, because W&B is not reachable, is kept offline, and so is every later one of the process. One whose ``identity`` was sent before is not sent again.
+    start, because W&B is not reachable, is kept offline, and so is every later one of the process. One whose
+    ``identity`` was sent before is not sent again.
 
     Raises:
         ValueError: another ``mode``.

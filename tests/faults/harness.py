@@ -276,7 +276,7 @@ def _error_is_reported(folder: Path, words: str) -> list[str]:
 
 
 def _differences(base: Baseline, folder: Path, store: Store, stage: str, left: str | None) -> list[str]:
-    """What is not as undisturbed; ``left`` is the key of an artifact that may still be truncated, since it is cached."""
+    """What is not as undisturbed; ``left`` is the key of one that may still be truncated, as nobody reads it."""
     found = []
     for key, node in base.nodes.items():
         if key == left:
