@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from pipelines.engines import needs_of
-from pipelines.jobs import Build, Engine, Handle, State
+from pipelines.jobs import Build, Engine, Handle, RefusedError, State
 from pmpd.artifacts import DamagedArtifactError, Node, Store, StoreError
 from pmpd.config import LauncherConfig
 
@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 OWN_MACHINE = ("latency", "linears")
 """Times are keyed by this machine, so they are taken here, and when nothing else runs here."""
 POLL_S = 0.2
+REFUSED_PAUSE_S = 30.0
+"""An engine that refused a job is left alone for so long."""
+REFUSALS = 20
+"""So many refusals in a row, with no job out whose end could make room, are final."""
 
 
 class Phase(Enum):
@@ -41,6 +45,7 @@ class Job:
         after: keys of the jobs that it needs.
         replaces: there is an artifact, and it is damaged.
         started: by ``time.monotonic``, once it runs.
+        refused: how often the engine did not take it; who was refused less is tried first.
         error: why there is no artifact, once it failed.
         inherited: it failed because something that it needs did.
     """
@@ -50,6 +55,7 @@ class Job:
     replaces: bool = False
     phase: Phase = Phase.waiting
     attempts: int = 0
+    refused: int = 0
     started: float | None = None
     ended: float | None = None
     error: str = ""
@@ -121,6 +127,8 @@ class Dispatcher:
     threads: int | None = None
     watch: Watch = lambda job: None
     _handles: dict[str, Handle] = field(default_factory=dict)
+    _refusals: int = 0
+    _refused_until: float = 0.0
 
     def run(self, jobs: dict[str, Job]) -> None:
         """Returns when every job is done or failed; jobs that run are cancelled if this is interrupted."""
@@ -137,7 +145,7 @@ class Dispatcher:
             raise
 
     def _start(self, jobs: dict[str, Job]) -> None:
-        for job in jobs.values():
+        for job in sorted(jobs.values(), key=lambda job: job.refused):
             if job.phase is not Phase.waiting or job.node.key in self._handles:
                 continue
             before = [jobs[key] for key in job.after]
@@ -157,13 +165,30 @@ class Dispatcher:
     def _submit(self, job: Job) -> None:
         assert self.engine is not None
         needs = needs_of(job.node, self.launcher)
-        if not self.engine.has_room(needs):
+        if time.monotonic() < self._refused_until or not self.engine.has_room(needs):
             return
         threads = self.threads if self.threads is not None else needs.cpus
         build = Build(job.node, str(self.store.root.absolute()), str(Path.cwd()), threads, self.store.patience)
+        self.store.forget_failure(job.node)  # an earlier attempt's: what is there at the end is this one's
+        try:
+            self._handles[job.node.key] = self.engine.submit(build, needs)
+        except RefusedError as error:
+            self._refuse(job, str(error))
+            return
         job.attempts += 1
-        self._handles[job.node.key] = self.engine.submit(build, needs)
+        self._refusals = 0
         log.debug("%s submitted", job.label)
+
+    def _refuse(self, job: Job, words: str) -> None:
+        """Leave the job waiting, or give it up after many refusals that the end of no job explains."""
+        job.refused += 1
+        self._refusals = 0 if self._handles else self._refusals + 1
+        if self._refusals > REFUSALS:
+            self.store.note_failure(job.node, f"refused: {words}")
+            self._end(job, f"refused: {words}")
+            return
+        self._refused_until = time.monotonic() + REFUSED_PAUSE_S
+        log.warning("%s was refused (%s); tried again in %.0f s", job.label, words, REFUSED_PAUSE_S)
 
     def _run_here(self, job: Job) -> None:
         self._change(job, Phase.running)

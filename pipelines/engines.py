@@ -48,7 +48,8 @@ class Local:
     """Processes of this machine, at most as many as its cores, memory and GPUs hold.
 
     They are forked from a server that has the libraries imported (6 s of a core each otherwise, torch and
-    transformers on two cores), and each is on its own: what kills one leaves the others.
+    transformers on two cores), and each is on its own: what kills one leaves the others. Each sees the GPUs that it
+    was given and no other.
     """
 
     def __init__(self, config: LauncherConfig, cpus: int, memory_gib: float, gpus: int) -> None:
@@ -56,13 +57,15 @@ class Local:
         self.context.set_forkserver_preload([__name__])
         self.folder = Path(config.folder)
         self.total = NeedsConfig(cpus=cpus, memory_gib=memory_gib, gpus=gpus)
-        self.running: list[tuple[Forked, NeedsConfig]] = []
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self.gpus = [str(index) for index in range(gpus)] if visible is None else visible.split(",")[:gpus]
+        self.running: list[tuple[Forked, NeedsConfig, list[str]]] = []
 
     def has_room(self, needs: NeedsConfig) -> bool:
-        self.running = [(handle, taken) for handle, taken in self.running if handle.state() is not State.ended]
+        self.running = [one for one in self.running if one[0].state() is not State.ended]
         if not self.running:
             return True  # one that asks for more than there is runs alone
-        taken = [n for _, n in self.running]
+        taken = [n for _, n, _ in self.running]
         return (
             sum(n.cpus for n in taken) + needs.cpus <= self.total.cpus
             and sum(n.memory_gib for n in taken) + needs.memory_gib <= self.total.memory_gib
@@ -72,18 +75,21 @@ class Local:
     def submit(self, job: Build, needs: NeedsConfig) -> Handle:
         self.folder.mkdir(parents=True, exist_ok=True)
         log_file = (self.folder / f"{job.name}.log").absolute()
-        # No GPU is hidden from a job: how many are used at a time is counted in has_room.
-        process = self.context.Process(target=_forked, args=(job, str(log_file)), name=job.name)
+        taken = {gpu for handle, _, gpus in self.running for gpu in gpus if handle.state() is not State.ended}
+        gpus = [gpu for gpu in self.gpus if gpu not in taken][: needs.gpus]
+        process = self.context.Process(target=_forked, args=(job, str(log_file), gpus), name=job.name)
         process.start()
         handle = Forked(process, log_file)
-        self.running.append((handle, needs))
+        self.running.append((handle, needs, gpus))
         return handle
 
     def close(self) -> None:
         pass
 
 
-def _forked(job: Build, log_file: str) -> None:
+def _forked(job: Build, log_file: str, gpus: list[str]) -> None:
+    if gpus:  # read when CUDA starts, which is later
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     with Path(log_file).open("a", encoding="utf-8") as stream:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)

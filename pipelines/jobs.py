@@ -24,6 +24,10 @@ class State(Enum):
     ended = "ended"
 
 
+class RefusedError(RuntimeError):
+    """The engine took no job this time: a limit is reached, or its controller is away."""
+
+
 class Handle(Protocol):
     """A job that was started."""
 
@@ -41,7 +45,12 @@ class Engine(Protocol):
     def has_room(self, needs: NeedsConfig) -> bool:
         """Whether a job may be submitted now; an engine that queues always has."""
 
-    def submit(self, job: Build, needs: NeedsConfig) -> Handle: ...
+    def submit(self, job: Build, needs: NeedsConfig) -> Handle:
+        """Starts ``job``.
+
+        Raises:
+            RefusedError: not now; it may be taken later.
+        """
 
     def close(self) -> None: ...
 

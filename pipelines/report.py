@@ -249,8 +249,7 @@ def report_cells(
     if configs[0].report is ReportKind.gpu:
         return Collected([], _report_gpu(cells, configs, out))
     done = collect(cells, configs, errors)
-    if done.found:
-        write_report([record for _, record in done.found], out, done.missing)
+    write_report([record for _, record in done.found], out, done.missing)  # of no cell too: an older one would mislead
     _say_missing(done.missing)
     return done
 
@@ -279,6 +278,9 @@ def _report_gpu(cells: Sequence[Sequence[str]], configs: Sequence[Config], out: 
             missing.append(Missing(_command(overrides), str(error)))
     if found:
         log.info("\n%s\nwritten to %s: results.csv, table.md", write_gpu_report(found, store, out), out)
+    else:
+        for old in ("results.csv", "table.md", "index.html"):
+            (out / old).unlink(missing_ok=True)
     _say_missing(missing)
     return missing
 

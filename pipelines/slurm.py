@@ -7,7 +7,7 @@ import subprocess
 import time
 from typing import Any
 
-from pipelines.jobs import Build, Handle, State
+from pipelines.jobs import Build, Handle, RefusedError, State
 from pmpd.config import ConfigError, LauncherConfig, NeedsConfig
 
 log = logging.getLogger(__name__)
@@ -44,32 +44,37 @@ class Queue:
     def __init__(self) -> None:
         self._words: dict[str, str] = {}
         self._asked = 0.0
+        self._answered = 0.0  # when the question was asked whose answer is known
         self._submitted: dict[str, float] = {}
 
     def add(self, job_id: str) -> None:
         self._submitted[job_id] = time.monotonic()
 
     def state(self, job_id: str) -> State:
-        """A job that is not listed has ended, unless it is so new that it may not be listed yet."""
+        """A job that is not listed has ended, unless squeue's last answer is from before it could be listed."""
         now = time.monotonic()
         if now - self._asked > SQUEUE_EVERY_S:
-            self._ask()
             self._asked = now
+            if self._ask():
+                self._answered = now
         word = self._words.get(job_id)
         if word is None:
-            return State.waiting if now - self._submitted.get(job_id, 0.0) < 5 * SQUEUE_EVERY_S else State.ended
+            listed_from = self._submitted.get(job_id, 0.0) + 5 * SQUEUE_EVERY_S
+            return State.ended if self._answered >= listed_from else State.waiting
         if word in WAITING:
             return State.waiting
         return State.running if word in RUNNING else State.ended
 
-    def _ask(self) -> None:
+    def _ask(self) -> bool:
+        """Whether squeue answered."""
         command = ["squeue", "--me", "--noheader", "--states=all", "--format=%A %T"]
         try:
             asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         except (OSError, subprocess.SubprocessError) as error:  # a controller that is away for a moment
             log.warning("squeue does not answer (%s); asked again", error)
-            return
+            return False
         self._words = dict(line.split() for line in asked.stdout.splitlines() if line.strip())
+        return True
 
 
 class Slurm:
@@ -107,7 +112,12 @@ class Slurm:
         if self.config.partition is not None:
             parameters["partition"] = self.config.partition
         self.executor.update_parameters(**parameters)
-        submitted = self.executor.submit(job)
+        from submitit.core.utils import FailedJobError
+
+        try:
+            submitted = self.executor.submit(job)
+        except FailedJobError as error:
+            raise RefusedError(f"sbatch: {error}") from error
         self.queue.add(submitted.job_id)
         return Submitted(submitted, self.queue)
 

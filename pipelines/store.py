@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from pmpd.artifacts import MANIFEST, Store, StoreError, digest_file, read_json
-from pmpd.locks import holder
+from pmpd.locks import ABANDONED_AFTER_S, holder
 
 LOCK, WORK = ".lock", ".work"
+FORGOTTEN_AFTER_S = 20 * ABANDONED_AFTER_S
+"""A lock that is silent for so long is nobody's, whatever two hosts' clocks differ by."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def collect_garbage(root: Path, delete: bool) -> Iterator[str]:
     """
     for path in sorted(root.glob(f"*/*.0{LOCK}")):
         held = holder(path.parent, path.name.partition(".")[0])
-        if held is not None:
+        if held is not None and held["age_s"] < FORGOTTEN_AFTER_S:
             raise StoreError(
                 f"{path.parent.name} {path.name.partition('.')[0]} is being built by process {held['pid']} of "
                 f"{held['host']} (heard {held['age_s']:.0f} s ago); gc waits for no one: run it later"

@@ -45,7 +45,7 @@ from pmpd.files import (
     write_jsonl,
     write_tensors,
 )
-from pmpd.locks import Patience, hold
+from pmpd.locks import Patience, hold, is_latest
 
 log = logging.getLogger(__name__)
 
@@ -246,12 +246,16 @@ class Store:
                 aside = path.with_name(f"{node.key}.{turn}.damaged")
                 path.rename(aside)  # at once out of everybody's sight: a removal takes time, and may be killed
                 shutil.rmtree(aside)
-            self._error(node).unlink(missing_ok=True)
+            self.forget_failure(node)
             try:
                 inputs = {name: self.materialize(parent, execute) for name, parent in node.inputs.items()}
+                if not is_latest(path.parent, node.key, turn):
+                    log.warning("%s was taken over while its inputs were waited for", node.key)
+                    return  # the caller looks again, and waits for who has it now
                 work = self._claim(node, turn)
             except Exception as error:
-                self.note_failure(node, f"{type(error).__name__}: {error}")
+                if is_latest(path.parent, node.key, turn):
+                    self.note_failure(node, f"{type(error).__name__}: {error}")
                 raise
             claimed, started = work.stat().st_ino, time.monotonic()
             try:
@@ -295,6 +299,10 @@ class Store:
             write_json(self._error(node), {"error": words, "host": socket.gethostname(), "pid": os.getpid()})
         except OSError as error:  # most often the full disk that it would have told of
             log.warning("the failure of %s %s could not be noted (%s): %s", node.stage, node.key, error, words)
+
+    def forget_failure(self, node: Node) -> None:
+        """Before another attempt, so that what is said afterwards is of that one."""
+        self._error(node).unlink(missing_ok=True)
 
     def _publish(self, node: Node, work: Path, claimed: int, seconds: float) -> None:
         """Make the turn's directory, whose inode was ``claimed``, the artifact.

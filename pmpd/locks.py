@@ -82,6 +82,11 @@ def hold(
         _release(path)
 
 
+def is_latest(folder: Path, name: str, generation: int) -> bool:
+    """Whether nobody took the lock over from who holds (or held) it as ``generation``."""
+    return _highest(folder, name) == generation
+
+
 def holder(folder: Path, name: str) -> dict[str, Any] | None:
     """Who holds the lock, as far as its file says: host, pid and heartbeat's age by this clock; None if nobody does.
 

@@ -32,6 +32,10 @@ FINISH_TIMEOUT_S = 120.0
 GIT_TIMEOUT_S = 10.0
 
 
+_unreachable: list[str] = []
+"""Why W&B could not be reached, once a run of this process has waited for it in vain: later ones do not wait."""
+
+
 class Tracker(Protocol):
     """Where a run is mirrored. Every name is prefixed with its stage."""
 
@@ -251,7 +255,8 @@ def open_tracker(
     """A tracker that never raises: ``offline`` and ``online`` are W&B's, ``disabled`` sends nothing.
 
     ``config`` is plain nested data; the code's version is added to it as ``code_version``. An online run that cannot
-    start, because W&B is not reachable, is kept offline. One whose ``identity`` was sent before is not sent again.
+    start, because W&B is not reachable, is kept offline, and so is every later one of the process. One whose
+    ``identity`` was sent before is not sent again.
 
     Raises:
         ValueError: another ``mode``.
@@ -265,6 +270,8 @@ def open_tracker(
         return WandbTracker(how, project, entity, dir, config, group, name, tags, job_type, identity)
 
     def open_inner() -> Tracker:
+        if mode == "online" and _unreachable:
+            return start("offline")
         try:
             return start(mode)
         except Exception as error:  # as in _Guarded._attempt: W&B's failures share no base class
@@ -272,11 +279,12 @@ def open_tracker(
                 raise
             tracker = start("offline")
             log.warning(
-                "W&B is not reachable (%s: %s); this run is kept in %s, and `wandb sync` sends it later",
+                "W&B is not reachable (%s: %s); this run and later ones are kept in %s, `wandb sync` sends them",
                 type(error).__name__,
                 error,
                 dir,
             )
+            _unreachable.append(str(error))
             return tracker
 
     return _Guarded(open_inner)
@@ -293,7 +301,9 @@ def was_sent(dir: str, project: str, identity: Identity) -> bool:
 def link(dir: str, project: str, entity: str | None) -> list[str]:
     """Make W&B artifacts of the lineage that finished runs carry, linked by which run made and which read them; once.
 
-    For after ``wandb sync``. An artifact is a reference to its folder in the store, never a copy.
+    For after ``wandb sync``. An artifact is a reference to its folder in the store, never a copy. An input that no run
+    told of, because its folder was gone by then, is linked by its name alone. What was sent by a version that wrote no
+    lineage is skipped, and said.
 
     Returns:
         the runs that were linked.
@@ -304,10 +314,20 @@ def link(dir: str, project: str, entity: str | None) -> list[str]:
     import wandb
 
     linked = []
-    told = sorted((Path(dir) / "sent" / project).glob("*.json"), key=lambda p: read_json(p)["told_ns"])
-    for path in told:  # which is the order of their making
-        entry = read_json(path)
-        if entry["linked"]:
+    entries = {path: dict(read_json(path)) for path in (Path(dir) / "sent" / project).glob("*.json")}
+    known = {path.stem for path in entries}
+
+    def read_of(kind: str, digest: str) -> Any:
+        if f"{kind}-{digest}" in known:
+            return f"{kind}-{digest}:latest"
+        return wandb.Artifact(f"{kind}-{digest}", type=kind, metadata={"digest": digest})
+
+    for path in sorted(entries, key=lambda p: entries[p].get("told_ns", 0)):  # the order of their making
+        entry = entries[path]
+        if "lineage" not in entry:
+            log.warning("%s was sent without its lineage, by an earlier version; it is not linked", path.stem)
+            continue
+        if entry.get("linked"):
             continue
         run = wandb.init(
             project=project, entity=entity, id=path.stem, resume="must", mode="online", settings=_settings(wandb)
@@ -315,12 +335,11 @@ def link(dir: str, project: str, entity: str | None) -> list[str]:
         for name, artifact in entry["lineage"].items():
             stage, _, key = name.partition("/")
             if path.stem != f"{stage}-{key}":  # the run reads it
-                run.use_artifact(f"{stage}-{key}:latest")
+                run.use_artifact(read_of(stage, key))
                 continue
             for read in artifact["inputs"].values():
                 kind, _, digest = read.partition("/")
-                source = wandb.Artifact(f"{kind}-{digest}", type=kind, metadata={"digest": digest})
-                run.use_artifact(source if kind == "source" else f"{kind}-{digest}:latest")
+                run.use_artifact(read_of(kind, digest))
             made = wandb.Artifact(f"{stage}-{key}", type=stage, metadata={"key": key, "inputs": artifact["inputs"]})
             if (folder := Path(artifact["path"]).absolute()).exists():  # not collected since
                 made.add_reference(folder.as_uri(), checksum=False)

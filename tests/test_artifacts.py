@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -290,6 +291,47 @@ def test_a_holder_that_comes_back_after_a_take_over_publishes_nothing(tmp_path, 
         first.materialize(node(), overtaken)
     path = Store(tmp_path / "s").verify(node())
     assert {p.name for p in path.iterdir()} == {"artifact.json", "part.json", "value.json"}
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_holder_overtaken_while_it_waits_for_an_input_leaves_its_successor_alone(tmp_path, published):
+    first = Store(tmp_path / "s", Patience(heartbeat_s=60, abandoned_after_s=180))
+    second = Store(tmp_path / "s", Patience(heartbeat_s=0.05, abandoned_after_s=0.2))
+    building, built_by, failed = threading.Event(), [], []
+
+    def execute_as(name):
+        def execute(n, inputs, out):
+            built_by.append(name)
+            building.set()
+            time.sleep(0.3)
+            write(n, inputs, out)
+
+        return execute
+
+    def overtake():
+        try:
+            second.materialize(child, execute_as("second"))
+        except Exception as error:
+            failed.append(error)
+
+    successor = threading.Thread(target=overtake)
+
+    def locate():
+        if not successor.ident:  # the first one's wait, in which its host is suspended
+            (lock,) = (tmp_path / "s" / "stage").glob("*.0.lock")
+            lock.write_text(json.dumps(json.loads(lock.read_text()) | {"machine": "another boot"}))
+            successor.start()
+            assert building.wait(30)
+            if published:
+                successor.join(30)
+        return tmp_path
+
+    child = node(parent=Root("file", "0", locate))
+    path = first.materialize(child, execute_as("first"))
+    successor.join(30)
+    assert (built_by, failed) == (["second"], [])
+    assert Store(tmp_path / "s").verify(child) == path
+    assert first.failure(child) is None
 
 
 def test_the_last_failure_is_kept_until_the_next_attempt(tmp_path):

@@ -20,6 +20,7 @@ def _nothing_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     """No login, settings or staging folder of whoever runs the tests."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr(tracking, "_unreachable", [])
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
@@ -201,6 +202,26 @@ def test_online_without_a_login_is_kept_offline(tmp_path: Path, caplog: pytest.L
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
+def test_w_and_b_is_waited_for_once_a_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    modes: list[str] = []
+
+    def init(**given: Any) -> Any:
+        modes.append(given["mode"])
+        if given["mode"] == "online":
+            raise TimeoutError("nobody answers")
+        return _Breaks("nowhere")
+
+    monkeypatch.setattr(wandb, "init", init)
+    for _ in range(3):
+        use_everything(open_tracker("online", project="p", dir=str(tmp_path), config={}))
+    assert modes == ["online", "offline", "offline", "offline"]
+    assert "later ones" in only_warning(caplog)
+
+
 class _Breaks:
     """A run that breaks at one call and counts what comes after."""
 
@@ -341,6 +362,34 @@ def test_links_follow_lineage_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("quantize-k1", "makes", "quantize-k1", "quantize", (tmp_path / "store/q").as_uri()),
     ]
     assert tracking.link(str(tmp_path), "pmpd-test", None) == []
+
+
+def test_an_old_ledger_and_an_input_that_was_never_told_do_not_stop_linking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell(tmp_path, "quantize-k1", "k1")  # it reads sensitivity-k0, of which no run tells
+    old = tmp_path / "sent" / "pmpd-test" / "decide-k9.json"
+    old.write_text(json.dumps({"content": "k9", "folder": "f"}))
+    reads: list[str] = []
+
+    class Run:
+        def use_artifact(self, what: Any) -> None:
+            if isinstance(what, str):
+                raise ValueError(f"artifact {what} not found")
+            reads.append(what.name)
+
+        def log_artifact(self, what: Any) -> None:
+            pass
+
+        def finish(self) -> None:
+            pass
+
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    assert tracking.link(str(tmp_path), "pmpd-test", None) == ["quantize-k1"]
+    assert reads == ["source-m0", "sensitivity-k0"]
+    assert "decide-k9" in only_warning(caplog)
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -41,5 +41,8 @@ class Drawings:
             self._known[name] = digest
 
     def close(self) -> None:
-        """Remember what was drawn, of the figures that are there."""
+        """Remember what was drawn, and remove the figures of an earlier report that are not of this one."""
+        for old in set(self._known) - {p.name for p in self.paths}:
+            for suffix in (".png", ".pdf"):
+                (self.folder / old).with_suffix(suffix).unlink(missing_ok=True)
         write_json(self.folder / KNOWN, {name: self._known[name] for name in sorted(p.name for p in self.paths)})

@@ -9,7 +9,7 @@ import pytest
 from pipelines import dispatch
 from pipelines.dispatch import Dispatcher, Phase, jobs_for
 from pipelines.engines import needs_of
-from pipelines.jobs import Build, State
+from pipelines.jobs import Build, RefusedError, State
 from pipelines.screen import CellView, Screen, duration
 from pmpd.artifacts import Node, Store, write_json
 from pmpd.config import LauncherConfig, LauncherKind, NeedsConfig
@@ -159,6 +159,40 @@ def test_without_an_engine_an_error_of_any_type_stops_only_its_own(store):
     Dispatcher(store, LAUNCHER, None, build).run(jobs)
     assert "KeyError" in jobs[node("bad").key].error
     assert jobs[node("good").key].phase is Phase.done
+
+
+def test_a_job_killed_before_its_turn_is_not_charged_with_an_error_of_an_earlier_run(store):
+    store.path(node("a")).parent.mkdir()
+    store.note_failure(node("a"), "ValueError: of last week")
+    engine, jobs = run(store, [node("a")], {"a": ["killed"]})
+    assert engine.started == ["a", "a"]
+    assert jobs[node("a").key].phase is Phase.done
+
+
+class FullEngine(ListEngine):
+    """Refuses the first ``refusals`` submissions."""
+
+    def __init__(self, store: Store, refusals: int) -> None:
+        super().__init__(store, {})
+        self.refusals = refusals
+
+    def submit(self, job, needs):
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise RefusedError("sbatch: job limit reached")
+        return super().submit(job, needs)
+
+
+@pytest.mark.parametrize(("refusals", "done"), [(5, True), (10_000, False)])
+def test_a_refused_job_waits_and_is_given_up_only_after_many_refusals(store, monkeypatch, refusals, done):
+    monkeypatch.setattr(dispatch, "REFUSED_PAUSE_S", 0.0)
+    engine = FullEngine(store, refusals)
+    jobs = jobs_for([node("a"), node("b")], store)
+    Dispatcher(store, LAUNCHER, engine, lambda n: store.materialize(n, write)).run(jobs)
+    assert sorted(engine.started) == (["a", "b"] if done else [])
+    assert {j.phase for j in jobs.values()} == {Phase.done if done else Phase.failed}
+    assert {j.error for j in jobs.values()} == {"" if done else "refused: sbatch: job limit reached"}
+    assert {j.attempts for j in jobs.values()} == {int(done)}
 
 
 def test_an_interrupted_sweep_cancels_its_jobs(store):

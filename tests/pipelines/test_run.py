@@ -190,12 +190,14 @@ def test_the_report_reads_the_store_alone_and_names_what_is_missing(store, tiny_
     frame = pd.read_csv(tmp_path / "paper" / "results.csv")
     assert set(frame.scheduler) == {"high", "static"}
     assert "static" in (tmp_path / "paper" / "table.md").read_text()
-    missing = report([*overrides(tiny_llama, store, "scheduler=high,static"), "seed=7"], tmp_path / "none")
+    missing = report([*overrides(tiny_llama, store, "scheduler=high,static"), "seed=7"], tmp_path / "paper")
     assert len(missing) == 2
     assert "seed=7" in missing[0].command
     assert "scheduler=high" in missing[0].command
     assert "python pipelines/run.py" in caplog.text
-    assert not (tmp_path / "none").exists()
+    assert pd.read_csv(tmp_path / "paper" / "results.csv").empty, "the numbers of another grid are not left beside it"
+    assert "seed=7" in (tmp_path / "paper" / "table.md").read_text()
+    assert not list((tmp_path / "paper").glob("*.p[nd][gf]"))
 
 
 def test_the_npu_report_needs_no_store_and_no_cell_can_be_run_for_it(tmp_path, monkeypatch):

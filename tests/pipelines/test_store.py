@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,15 @@ def test_gc_refuses_while_something_is_built(chain, tmp_path, capsys):
     lock.write_text(json.dumps({"host": "other", "machine": "another", "pid": 7}))
     assert run(tmp_path, "gc", "--delete") == 1
     assert "process 7 of other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [json.dumps({"host": "other", "machine": "another", "pid": 7}), ""])
+def test_gc_does_not_wait_for_a_lock_of_a_host_that_is_long_gone(chain, tmp_path, words):
+    lock = tmp_path / "s" / "quantize" / "abc.0.lock"
+    lock.write_text(words)
+    assert run(tmp_path, "gc", "--delete") == 1
+    os.utime(lock, (time.time() - 7200, time.time() - 7200))
+    assert run(tmp_path, "gc", "--delete") == 0
 
 
 def test_what_is_no_store_is_refused_and_left_alone(tmp_path, capsys):

@@ -29,5 +29,9 @@ def test_only_what_changed_or_is_gone_is_drawn(tmp_path):
     assert report([1.0], [2.5]) == ["two.png"]
     (tmp_path / "one.pdf").unlink()
     assert report([1.0], [2.5]) == ["one.png"]
+    (tmp_path / "mine.png").write_text("a user's own")
+    Drawings(tmp_path).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "mine.png"]
+    assert report([1.0], [2.5]) == ["one.png", "two.png"]
     (tmp_path / "figures.json").write_text("{")
     assert report([1.0], [2.5]) == ["one.png", "two.png"]
