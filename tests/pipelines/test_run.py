@@ -104,7 +104,10 @@ def test_other_tasks_and_settings_run_whole(store, tiny_llama, tmp_path, more):
     frame = pd.read_csv(tmp_path / "results.csv")
     scheduler = next(m.partition("=")[2] for m in more if m.startswith("scheduler="))
     own = frame[frame.scheduler == scheduler].set_index("metric")
-    assert 2 <= own.loc["average_bits", "value"] <= 4
+    if "quantizer.outlier_share=0.01" in more:  # 0.01 x (16 + 16 bits and more) on top of the codes' 4; rows are short
+        assert 4.3 < own.loc["average_bits", "value"] < 5
+    else:
+        assert 2 <= own.loc["average_bits", "value"] <= 4
     if "scheduler.switch_step=2" in more:
         assert own.loc["average_bits", "value"] == pytest.approx((2 * 4 + 6 * 2) / 8)
     if "scheduler.switch_steps=[2,5]" in more:
