@@ -48,6 +48,7 @@ from pmpd.artifacts import MANIFEST, Node, Store, read_json, write_json
 from pmpd.config import Config
 from pmpd.locks import Patience
 from tests.faults.injections import Strike, truncate
+from tests.pipelines.cells import tiny
 from tests.tiny import tiny_model_dir
 
 PROCESS_KINDS = ("kill", "requeue", "holder_gone", "disk_full", "truncated", "stage_error")
@@ -88,24 +89,12 @@ def tracking_modes() -> dict[str, object]:
 
 def grids(model: Path) -> list[Grid]:
     """Three sweeps which together have every stage that runs here; the last one's precisions hang on its search."""
-    common = [
-        "model=hf",
-        f"model.path={model}",
-        "model.dtype=float32",
-        "model.high_bits=4",
-        "model.low_bits=2",
-        "data=samples",
-        "budget=tiny",
-        "task.overlong=truncate",
-        "task.max_new_tokens=6",
-        "task.metrics=[rouge_l]",
-    ]
     wanted = (
         f"scheduler={SCHEDULERS}",
         "quantizer=joint scheduler=high",
         "quantizer.tuning_steps=2 scheduler=high model.high_bits=null model.low_bits=2",
     )
-    return [Grid(*compose_grid([*common, *more.split()])) for more in wanted]
+    return [Grid(*compose_grid([*tiny(model), *more.split()])) for more in wanted]
 
 
 def bin_model(folder: Path) -> Path:

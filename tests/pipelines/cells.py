@@ -13,7 +13,8 @@ from pipelines.schema import register
 from pmpd.config import Config, from_omegaconf
 
 
-def overrides(model: Path, store: Path, *more: str) -> list[str]:
+def tiny(model: Path, max_new_tokens: int = 6) -> list[str]:
+    """Choices of a tiny cell: ``model`` at 4 and 2 bits on shipped samples."""
     return [
         "model=hf",
         f"model.path={model}",
@@ -23,12 +24,13 @@ def overrides(model: Path, store: Path, *more: str) -> list[str]:
         "data=samples",
         "budget=tiny",
         "task.overlong=truncate",
-        "task.max_new_tokens=9",
+        f"task.max_new_tokens={max_new_tokens}",
         "task.metrics=[rouge_l]",
-        "tracking=disabled",
-        f"store={store}",
-        *more,
     ]
+
+
+def overrides(model: Path, store: Path, *more: str) -> list[str]:
+    return [*tiny(model, max_new_tokens=9), "tracking=disabled", f"store={store}", *more]
 
 
 def cell(*lines: str) -> Config:

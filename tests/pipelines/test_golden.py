@@ -26,6 +26,7 @@ from pmpd.artifacts import Node, Store, read_json, read_jsonl
 from pmpd.config import from_omegaconf
 from pmpd.quant import NestedWeight
 from pmpd.stages import STAGES, read_summary
+from tests.pipelines.cells import tiny
 from tests.tiny import tiny_model_dir
 
 GOLDEN: dict[str, tuple[int, str]] = {
@@ -123,16 +124,7 @@ def found(tmp_path_factory) -> dict[str, str]:
     for scheduler in ("static", "learned", "oracle"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             lines = [
-                "model=hf",
-                f"model.path={model}",
-                "model.dtype=float32",
-                "model.high_bits=4",
-                "model.low_bits=2",
-                "data=samples",
-                "budget=tiny",
-                "task.overlong=truncate",
-                "task.max_new_tokens=6",
-                "task.metrics=[rouge_l]",
+                *tiny(model),
                 "tracking=disabled",
                 f"scheduler={scheduler}",
                 f"store={folder / 'store'}",

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from pipelines.multirun import run_grid
+from tests.pipelines.cells import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTER = REPOSITORY / "tests" / "slurm" / "cluster.sh"
@@ -23,16 +24,7 @@ CLUSTER = REPOSITORY / "tests" / "slurm" / "cluster.sh"
 
 def overrides(model: Path, folder: Path, *more: str) -> list[str]:
     return [
-        "model=hf",
-        f"model.path={model}",
-        "model.dtype=float32",
-        "model.high_bits=4",
-        "model.low_bits=2",
-        "data=samples",
-        "budget=tiny",
-        "task.overlong=truncate",
-        "task.max_new_tokens=6",
-        "task.metrics=[rouge_l]",
+        *tiny(model),
         "tracking=disabled",
         "launcher.max_cpus=1",
         "launcher.max_memory_gib=4",

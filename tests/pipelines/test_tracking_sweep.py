@@ -14,6 +14,7 @@ from pipelines.multirun import run_grid
 from pipelines.schema import register
 from pmpd.artifacts import Store
 from pmpd.config import from_omegaconf
+from tests.pipelines.cells import tiny
 from tests.test_tracking import items, wandb_records
 
 REPOSITORY = CONF.parent
@@ -21,16 +22,7 @@ REPOSITORY = CONF.parent
 
 def lines(model: Path, folder: Path, *more: str) -> list[str]:
     return [
-        "model=hf",
-        f"model.path={model}",
-        "model.dtype=float32",
-        "model.high_bits=4",
-        "model.low_bits=2",
-        "data=samples",
-        "budget=tiny",
-        "task.overlong=truncate",
-        "task.max_new_tokens=6",
-        "task.metrics=[rouge_l]",
+        *tiny(model),
         f"tracking.dir={folder / 'wandb'}",
         f"store={folder / 'store'}",
         *more,
