@@ -48,14 +48,14 @@ def check_sources(config: Config, store: Store) -> None:
     ]
     if Metric.bertscore in config.task.metrics:
         checks.append(partial(encoder_input, config.budget.bertscore_encoder, digests))
-    problems = []
+    problems: dict[str, None] = {}  # a folder that is not there is missed by every set that it should hold
     for check in checks:
         try:
             check()
         except ValueError as error:
-            problems.append(str(error))
+            problems[str(error)] = None
     if len(problems) == 1:
-        raise PreflightError(problems[0])
+        raise PreflightError(*problems)
     if problems:
         raise PreflightError(f"{len(problems)} things are missing\n  - " + "\n  - ".join(problems))
 
