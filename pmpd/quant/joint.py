@@ -12,11 +12,14 @@ start, those above ``focus_bits`` counting less. From exact k-means on, the colu
 2. each precision's tables are *refitted* to their labels (conjugate gradients on the normal equations);
 3. the codes *descend*, a column at a time with everything else fixed, and tables are refitted again.
 
-Steps 2 and 3 never raise the loss. All rows of a layer move together, on the device of the tensors, in float32.
+Steps 2 and 3 never raise the loss. All rows of a layer move together, on the device of the tensors, in float32; on a
+GPU products round their inputs to TF32, as all of them have errors, and no weights, as a factor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -93,13 +96,25 @@ def quantize_jointly(
     outliers = None
     if options.outlier_share:
         weight, outliers = set_aside(weight, moment.diagonal(), options.outlier_share, seed_bits, group_size)
-    solver = Joint(weight, moment, range(seed_bits, parent_bits + 1), group_size, options)
-    solver.assign()
-    solver.refit(options.refits)
-    for _ in range(options.sweeps):
-        solver.descend()
+    with fast_products():
+        solver = Joint(weight, moment, range(seed_bits, parent_bits + 1), group_size, options)
+        solver.assign()
         solver.refit(options.refits)
+        for _ in range(options.sweeps):
+            solver.descend()
+            solver.refit(options.refits)
     return solver.result(outliers)
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Within it float32 products may round their inputs to TF32 (10 bits) on a GPU: for errors and gradients."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def set_aside(
@@ -177,7 +192,8 @@ class Joint:
             own = moved[:, :, block].contiguous()
             errors = torch.empty_like(own)
             _steps(own).assign_block(own, errors, self.feedback[block, block], *self._columns(block))
-            moved[:, :, block.stop :] -= errors @ self.feedback[block, block.stop :]
+            rest = moved.flatten(0, 1)[:, block.stop :]
+            rest.addmm_(errors.flatten(0, 1), self.feedback[block, block.stop :], alpha=-1)
 
     def descend(self) -> None:
         """The best code of each column in turn, everything else fixed."""
@@ -187,7 +203,7 @@ class Joint:
             before = values[:, :, block]
             after, own = before.contiguous(), pull[:, :, block].contiguous()
             _steps(own).descend_block(after, own, self.moment[block, block], *self._columns(block))
-            pull -= (after - before) @ self.moment[block]
+            pull.flatten(0, 1).addmm_((after - before).flatten(0, 1), self.moment[block], alpha=-1)
             values[:, :, block] = after
 
     def result(self, outliers: Outliers | None = None) -> NestedWeight:

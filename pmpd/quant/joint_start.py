@@ -1,10 +1,11 @@
 """Where joint quantisation starts: exact k-means of each row under its moment's diagonal, every further bit a split.
 
-Rows are sorted on the tensors' device and clustered on the CPU, a bounded number of weights at a time.
+Rows are sorted and labelled on the tensors' device and clustered on the CPU, a bounded number of weights at a time.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,20 +40,34 @@ def clusters(
                 continue
             own = weight[block, part]
             groups = slice(part.start // span, part.start // span + own.shape[1] // width)
-            ordered = _sorted(own.reshape(-1, width), energy[part].expand_as(own).reshape(-1, width))
+            order, ordered = _sorted(own.reshape(-1, width), energy[part].expand_as(own).reshape(-1, width))
             cuts = kmeans.seed_clusters(ordered, 1 << precisions[0])
             for b in precisions:
                 if b > precisions[0]:
                     cuts = kmeans.split_clusters(ordered, cuts)
                 means = torch.from_numpy(kmeans.centroids(ordered, cuts))
                 tables[b][block, groups] = means.view(len(own), -1, 1 << b).to(weight)
-            codes[block, part] = torch.from_numpy(kmeans.labels(ordered, cuts)).view(own.shape).to(codes)
+            codes[block, part] = _labels(order, torch.from_numpy(cuts).to(weight.device)).view(own.shape)
     return codes, tables
 
 
-def _sorted(values: Tensor, weights: Tensor) -> kmeans.SortedRows:
-    """As :func:`kmeans.sort_rows`, on the tensors' device; weights are positive."""
+def _sorted(values: Tensor, weights: Tensor) -> tuple[Tensor, kmeans.SortedRows]:
+    """As :func:`kmeans.sort_rows`, on the tensors' device, where the order stays; weights are positive."""
     ordered, order = values.sort(dim=1, stable=True)
     weights = weights.gather(1, order)
     weights = (weights / weights.mean(1, keepdim=True)).clamp_min(kmeans.WEIGHT_FLOOR)
-    return kmeans.SortedRows(order.int().cpu().numpy(), ordered.cpu().double().numpy(), weights.cpu().double().numpy())
+    nowhere = np.empty((0, 0), np.int32)
+    return order, kmeans.SortedRows(nowhere, _on_cpu(ordered.double()), _on_cpu(weights.double()))
+
+
+def _labels(order: Tensor, cuts: Tensor) -> Tensor:
+    """As :func:`kmeans.labels`, int64 on the tensors' device: how many inner cuts are at or before each place."""
+    places = torch.arange(order.shape[1], dtype=cuts.dtype, device=order.device).expand(order.shape)
+    labels = torch.searchsorted(cuts[:, 1:-1].contiguous(), places.contiguous(), right=True)
+    return torch.empty_like(order).scatter_(1, order, labels)
+
+
+def _on_cpu(tensor: Tensor) -> kmeans.Floats:
+    """Through pinned memory, which a GPU fills several times as fast; PyTorch keeps it for the next time."""
+    target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return target.copy_(tensor).numpy()

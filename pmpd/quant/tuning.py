@@ -16,7 +16,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from pmpd.quant.gradients import frozen
-from pmpd.quant.joint import entry_sums
+from pmpd.quant.joint import entry_sums, fast_products
 from pmpd.quant.linear import NestedLinear, PrecisionCell
 from pmpd.quant.sparse import Outliers
 from pmpd.records import FP16_BITS
@@ -56,7 +56,7 @@ def tune_tables(
         raise ValueError(f"need windows [n >= 1, tokens] and steps >= 0, got {list(windows.shape)} and {steps}")
     seen: list[float] = []
     device = next(model.parameters()).device
-    with frozen(model), _fast_products(), _tunable(cell, bits) as deltas:
+    with frozen(model), fast_products(), _tunable(cell, bits) as deltas:
         optimiser = torch.optim.Adam(deltas, lr=rate, betas=BETAS)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
         for step in tqdm(range(steps), desc=f"tune {bits} bits", unit="step", disable=None if progress else True):
@@ -76,17 +76,6 @@ def tune_tables(
             schedule.step()
             seen.append(float(loss.detach()))
     return seen
-
-
-@contextmanager
-def _fast_products() -> Iterator[None]:
-    """Within it float32 products may round their inputs to TF32 on a GPU: gradients need no more."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
