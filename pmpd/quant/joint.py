@@ -34,6 +34,9 @@ from pmpd.quant.sparse import Outliers, highest, take_outliers
 BLOCK_COLUMNS = 64
 """Columns between two updates of all the columns to come: those within a block are updated one by one."""
 
+LEAST_SHARE = 0.05
+"""Below it no precision's share falls, however high: else 8 bits end worse than any-precision's (docs/quantisers.md)."""
+
 LEAST_LOSS = 1e-9
 """Least scale of a loss, relative to the row's energy: a row that a precision hits exactly does not outweigh others."""
 
@@ -47,8 +50,8 @@ class JointOptions:
 
     Attributes:
         focus_bits: precisions up to this one count the same.
-        high_share: each further bit counts this share of the bit before: what the codes lose at 5 to 8 bits, where
-            there is little to lose, they gain below.
+        high_share: each further bit counts this share of the bit before, down to ``LEAST_SHARE``: what the codes lose
+            at 5 to 8 bits, where there is little to lose, they gain below.
         damping: share of H's mean diagonal that is added to it.
         refits: conjugate-gradient steps of a refit.
         sweeps: descents over the codes.
@@ -173,7 +176,7 @@ class Joint:
         self.feedback = torch.linalg.cholesky(inverse, upper=True).float()
         energy = self.weight.square() @ self.moment.diagonal()
         scales = torch.stack([self.loss(b).clamp_min(1e-30 + LEAST_LOSS * energy) for b in precisions])
-        shares = [options.high_share ** max(b - options.focus_bits, 0) for b in precisions]
+        shares = [max(LEAST_SHARE, options.high_share ** max(b - options.focus_bits, 0)) for b in precisions]
         self.costs = torch.tensor(shares, device=weight.device)[:, None] / scales
 
     def values(self, bits: int) -> Tensor:

@@ -131,7 +131,7 @@ def quantize_blocks(
 QUANTIZE = Stage("quantize", 1, QuantizeConfig, run_quantize, "k-means over every weight")
 QUANTIZE_JOINT = Stage(
     "quantize_joint",
-    2,
+    3,
     QuantizeJointConfig,
     run_quantize_joint,
     "error feedback and descents over every weight",
