@@ -81,6 +81,7 @@ TUNED = (64, 0.003)
 QUANTIZERS: dict[str, Quantizer] = {
     "anyprec": Quantizer("anyprec", {"solver": "lloyd"}),
     "anyprec-exact": Quantizer("anyprec", {"solver": "exact"}),
+    "anyprec-exact-0.75": Quantizer("anyprec", {"solver": "exact", "sensitivity_power": 0.75}),
     "anyprec-exact-tuned": Quantizer("anyprec", {"solver": "exact"}, tuning=TUNED, base="anyprec-exact"),
     "joint": Quantizer("joint"),
     "joint-tuned": Quantizer("joint", tuning=TUNED, base="joint"),
@@ -194,7 +195,8 @@ def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], 
         untuned.mkdir(exist_ok=True)
         common = (2, quantizer.parent_bits, quantizer.group_size)
         if quantizer.kind == "anyprec":
-            run_quantize(QuantizeConfig(*common, quantizer.options["solver"], False), inputs, untuned)
+            power = quantizer.options.get("sensitivity_power", 1.0)
+            run_quantize(QuantizeConfig(*common, quantizer.options["solver"], power, False), inputs, untuned)
         else:
             options = {**JOINT, **quantizer.options, "device": device, "trust_remote_code": False}
             run_quantize_joint(QuantizeJointConfig(*common, **options), inputs, untuned)

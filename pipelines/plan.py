@@ -152,7 +152,7 @@ class Planner:
         match quantizer.kind:
             case QuantizerKind.anyprec:
                 return QUANTIZE.node(
-                    QuantizeConfig(*common, quantizer.solver.value, trust),
+                    QuantizeConfig(*common, quantizer.solver.value, quantizer.sensitivity_power, trust),
                     model=self.model,
                     sensitivity=self.sensitivity(),
                 )

@@ -162,7 +162,7 @@ def _recipe(
     trust_remote_code: bool,
 ) -> Node:
     """The nested model's node, keyed as the pipeline keys it."""
-    config = QuantizeConfig(seed_bits, parent_bits, None, "exact", trust_remote_code)
+    config = QuantizeConfig(seed_bits, parent_bits, None, "exact", 1.0, trust_remote_code)
     if calibration is None:
         return QUANTIZE.node(config, model=model)
     if calibration != "samples":

@@ -85,6 +85,7 @@ def test_a_valid_cell_passes():
         ("task.name", "other", r"model\.max_new_tokens names no task 'other'"),
         ("quantizer.parent_bits", 1, r"quantizer\.parent_bits=1"),
         ("quantizer.seed_bits", 0, r"quantizer\.seed_bits=0"),
+        ("quantizer.sensitivity_power", 2, r"quantizer\.sensitivity_power=2.* 1 \(the paper\)"),
         ("quantizer.high_share", 0, r"quantizer\.high_share=0.* more than 0"),
         ("quantizer.outlier_share", 0.01, r"quantizer\.outlier_share=0\.01 .* quantizer=joint has it"),
         ("quantizer.tuning_rate", 0, r"quantizer\.tuning_rate=0.* more than 0"),

@@ -192,6 +192,7 @@ class QuantizerConfig:
     group_size: Optional[int] = None
     kind: QuantizerKind = MISSING
     solver: Solver = Solver.exact
+    sensitivity_power: float = 1.0
     focus_bits: int = 4
     high_share: float = 0.25
     damping: float = 0.01

@@ -161,12 +161,12 @@ def fit(
     """``launch`` made smaller until its shared memory is at most ``shared``.
 
     Columns of many rows of x, many tiles of a block and fat tables do not always fit; then there are fewer of them at a
-    time. ``blocks`` is the number of processors, for a launch that does not say how many it wants.
+    time. ``blocks`` is the number of processors.
 
     Raises:
         ValueError: ``in_features`` is too large for this GPU.
     """
-    launch = replace(launch, blocks=launch.blocks or blocks, rows=min(rows, launch.rows))
+    launch = replace(launch, blocks=blocks, rows=min(rows, launch.rows))
     while launch.shared_bytes(bits, out_features, in_features, groups) > shared - STATIC_SHARED_BYTES:
         if launch.teams > 1:
             launch = replace(launch, teams=launch.teams // 2)

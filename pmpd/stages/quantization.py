@@ -20,12 +20,13 @@ from pmpd.stages.runtime import progress
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """The nested any-precision quantiser."""
+    """The nested any-precision quantiser. An error in a weight counts its sensitivity to the ``sensitivity_power``."""
 
     seed_bits: int
     parent_bits: int
     group_size: int | None
     solver: str
+    sensitivity_power: float
     trust_remote_code: bool
 
 
@@ -38,7 +39,9 @@ def run_quantize(config: QuantizeConfig, inputs: Mapping[str, Path], out: Path) 
     def quantize(weight: Tensor, sensitivity: Tensor | None) -> NestedWeight:
         return quantize_weight(
             weight.float(),
-            torch.ones_like(weight, dtype=torch.float32) if sensitivity is None else sensitivity.float(),
+            torch.ones_like(weight, dtype=torch.float32)
+            if sensitivity is None
+            else sensitivity.float() ** config.sensitivity_power,
             seed_bits=config.seed_bits,
             parent_bits=config.parent_bits,
             group_size=config.group_size,
