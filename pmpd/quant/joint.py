@@ -35,7 +35,7 @@ BLOCK_COLUMNS = 64
 """Columns between two updates of all the columns to come: those within a block are updated one by one."""
 
 LEAST_SHARE = 0.05
-"""Below it no precision's share falls, however high: else 8 bits end worse than any-precision's (docs/quantisers.md)."""
+"""Least share of a precision, however high: with less, 8 bits end worse than any-precision's (docs/quantisers.md)."""
 
 LEAST_LOSS = 1e-9
 """Least scale of a loss, relative to the row's energy: a row that a precision hits exactly does not outweigh others."""
