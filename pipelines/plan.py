@@ -33,7 +33,14 @@ from pmpd.stages import inputs as inputs_
 from pmpd.stages.calibration import MOMENTS, SENSITIVITY, MomentsConfig, SensitivityConfig
 from pmpd.stages.evaluate import EVALUATE, EvaluateConfig
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS, model_input
-from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT, QuantizeConfig, QuantizeJointConfig
+from pmpd.stages.quantization import (
+    QUANTIZE,
+    QUANTIZE_JOINT,
+    REFIT_TABLES,
+    QuantizeConfig,
+    QuantizeJointConfig,
+    RefitTablesConfig,
+)
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
 from pmpd.stages.tuning import TUNE_TABLES, TuneTablesConfig
@@ -144,20 +151,31 @@ class Planner:
         config = SensitivityConfig(self.runtime.differentiable())
         return SENSITIVITY.node(config, model=self.model, texts=self.calibration)
 
+    def moments(self) -> Node:
+        """Second moments of the model's activations over the calibration text."""
+        config = MomentsConfig(self.runtime.differentiable())
+        return MOMENTS.node(config, model=self.model, texts=self.calibration)
+
     def _nested(self) -> Node:
         """The quantised model, and what its quantiser weights errors by."""
         quantizer, trust = self.config.quantizer, self.config.model.trust_remote_code
-        differentiable = self.runtime.differentiable()
         common = (quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size)
         match quantizer.kind:
             case QuantizerKind.anyprec:
-                return QUANTIZE.node(
+                nested = QUANTIZE.node(
                     QuantizeConfig(*common, quantizer.solver.value, quantizer.sensitivity_power, trust),
                     model=self.model,
                     sensitivity=self.sensitivity(),
                 )
+                if not quantizer.refits:
+                    return nested
+                return REFIT_TABLES.node(
+                    RefitTablesConfig(quantizer.refits, quantizer.damping, self.runtime.device),
+                    model=self.model,
+                    nested=nested,
+                    moments=self.moments(),
+                )
             case QuantizerKind.joint:
-                moments = MOMENTS.node(MomentsConfig(differentiable), model=self.model, texts=self.calibration)
                 return QUANTIZE_JOINT.node(
                     QuantizeJointConfig(
                         *common,
@@ -171,7 +189,7 @@ class Planner:
                         trust_remote_code=trust,
                     ),
                     model=self.model,
-                    moments=moments,
+                    moments=self.moments(),
                 )
 
     def _tuned(self, nested: Node) -> Node:

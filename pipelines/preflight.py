@@ -104,7 +104,8 @@ def check_disk(planner: Planner) -> None:
     nested = 1.25 * planner.config.quantizer.parent_bits / 8
     # Second moments are in x in float32 a layer: about 5 bytes a weight where layers are near square.
     bytes_each = {"weights": 2.0, "sensitivity": 2.0, "moments": 5.0}
-    bytes_each |= dict.fromkeys(("quantize", "quantize_joint", "tune_tables", "dense_sparse"), nested)
+    made = ("quantize", "quantize_joint", "refit_tables", "tune_tables", "dense_sparse")
+    bytes_each |= dict.fromkeys(made, nested)
     needed_gib = parameters * sum(v for stage, v in bytes_each.items() if stage in todo) / 2**30 + 0.1
     free_gib = shutil.disk_usage(store.root).free / 2**30
     if needed_gib > free_gib:

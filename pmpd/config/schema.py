@@ -196,7 +196,7 @@ class QuantizerConfig:
     focus_bits: int = 4
     high_share: float = 0.25
     damping: float = 0.01
-    refits: int = 3
+    refits: int = 0
     sweeps: int = 2
     outlier_share: float = 0.0
     tuning_steps: int = 0

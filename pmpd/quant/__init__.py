@@ -5,6 +5,7 @@ from pmpd.quant.joint import JointOptions, quantize_jointly
 from pmpd.quant.linear import NestedLinear, PrecisionCell
 from pmpd.quant.moments import accumulate_moments
 from pmpd.quant.nested import NestedWeight, quantize_weight
+from pmpd.quant.refit import refit_tables
 from pmpd.quant.sensitivity import accumulate
 from pmpd.quant.sparse import Outliers, highest, take_outliers
 from pmpd.quant.tuning import tune_tables
@@ -21,6 +22,7 @@ __all__ = [
     "quantize_dense_sparse",
     "quantize_jointly",
     "quantize_weight",
+    "refit_tables",
     "take_outliers",
     "tune_tables",
 ]

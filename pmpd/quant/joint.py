@@ -40,6 +40,9 @@ LEAST_SHARE = 0.05
 LEAST_LOSS = 1e-9
 """Least scale of a loss, relative to the row's energy: a row that a precision hits exactly does not outweigh others."""
 
+CONVERGED = 1e-12
+"""Share of a row's squared residual at which its refit ends: what is then left is rounding, and would grow."""
+
 CLIP = 3.0
 """Deviations of a row beyond which a weight has no say in where clusters for the choice of outliers are."""
 
@@ -227,25 +230,9 @@ class Joint:
         return (self.codes >> (self.precisions[-1] - bits)) + (self.group_of << bits)
 
     def refit(self, steps: int) -> None:
-        """Conjugate gradients, from the tables that are there, on each row's ``A^T H A c = A^T H w``."""
+        """Each precision's tables, by ``steps`` of :func:`fitted`."""
         for b in self.precisions:
-            entries, size = self._entries(b), self.num_groups << b
-            energy = entry_sums(self.moment.diagonal().expand_as(self.weight).contiguous(), entries, size)
-            inverse = torch.where(energy > 0, 1 / energy, 0.0)  # an entry that no weight uses stays
-            table = self.tables[b].flatten(1)
-            residual = entry_sums((self.weight - table.gather(1, entries)) @ self.moment, entries, size)
-            direction = inverse * residual
-            rate = (residual * direction).sum(1, keepdim=True)
-            for _ in range(steps):
-                image = entry_sums(direction.gather(1, entries) @ self.moment, entries, size)
-                curvature = (direction * image).sum(1, keepdim=True)
-                step = torch.where(curvature > 0, rate / curvature, 0.0)
-                table = table + step * direction
-                residual = residual - step * image
-                ahead = inverse * residual
-                new_rate = (residual * ahead).sum(1, keepdim=True)
-                direction = ahead + torch.where(rate > 0, new_rate / rate, 0.0) * direction
-                rate = new_rate
+            table = fitted(self.tables[b].flatten(1), self._entries(b), self.weight, self.moment, steps)
             self.tables[b] = table.view_as(self.tables[b])
 
     def _columns(self, block: slice) -> tuple[Any, ...]:
@@ -256,6 +243,34 @@ class Joint:
     def _blocks(self) -> list[slice]:
         columns = self.weight.shape[1]
         return [slice(s, min(s + BLOCK_COLUMNS, columns)) for s in range(0, columns, BLOCK_COLUMNS)]
+
+
+def fitted(table: Tensor, entries: Tensor, weight: Tensor, moment: Tensor, steps: int) -> Tensor:
+    """``table`` float32 ``[out, n]`` after conjugate gradients on each row's ``A^T H A c = A^T H w``, A its labels.
+
+    Args:
+        entries: int64 ``[out, in]``, where in its row of ``table`` each weight's value is.
+        weight: float32 ``[out, in]``.
+        moment: float32 ``[in, in]``, H.
+    """
+    size = table.shape[1]
+    energy = entry_sums(moment.diagonal().expand_as(weight).contiguous(), entries, size)
+    inverse = torch.where(energy > 0, 1 / energy, 0.0)  # an entry that no weight uses stays
+    residual = entry_sums((weight - table.gather(1, entries)) @ moment, entries, size)
+    direction = inverse * residual
+    rate = (residual * direction).sum(1, keepdim=True)
+    least = CONVERGED * rate
+    for _ in range(steps):
+        image = entry_sums(direction.gather(1, entries) @ moment, entries, size)
+        curvature = (direction * image).sum(1, keepdim=True)
+        step = torch.where((curvature > 0) & (rate > least), rate / curvature, 0.0)
+        table = table + step * direction
+        residual = residual - step * image
+        ahead = inverse * residual
+        new_rate = (residual * ahead).sum(1, keepdim=True)
+        direction = ahead + torch.where(rate > 0, new_rate / rate, 0.0) * direction
+        rate = new_rate
+    return table
 
 
 def entry_sums(values: Tensor, entries: Tensor, num_entries: int) -> Tensor:

@@ -17,7 +17,7 @@ from pmpd.stages.labels import LABELS
 from pmpd.stages.learned import FEATURES, TRAIN_LEARNED
 from pmpd.stages.measure import ESTIMATE, GAIN
 from pmpd.stages.oracle import ORACLE
-from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT
+from pmpd.stages.quantization import QUANTIZE, QUANTIZE_JOINT, REFIT_TABLES
 from pmpd.stages.rollouts import ROLLOUTS
 from pmpd.stages.search import SEARCH
 from pmpd.stages.timing import LATENCY, LINEARS
@@ -35,6 +35,7 @@ STAGES: dict[str, Stage[Any]] = {
         MOMENTS,
         QUANTIZE,
         QUANTIZE_JOINT,
+        REFIT_TABLES,
         TUNE_TABLES,
         SEARCH,
         ROLLOUTS,

@@ -1,4 +1,7 @@
-"""The nested quantisers: killed in block k, they resume in block k. Both leave the same kind of artifact."""
+"""The nested quantisers, and the refit of what they leave: killed in block k, they resume in block k.
+
+All leave the same kind of artifact.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pmpd.artifacts import write_tensors
 from pmpd.models import LazyWeights, linear_names
-from pmpd.quant import JointOptions, NestedWeight, quantize_jointly, quantize_weight
-from pmpd.stages.base import Stage, write_summary
+from pmpd.models.blocks import SHARDS
+from pmpd.quant import JointOptions, NestedWeight, quantize_jointly, quantize_weight, refit_tables
+from pmpd.stages.base import Stage, read_summary, write_summary
 from pmpd.stages.calibration import by_block, shard
 from pmpd.stages.runtime import progress
 
@@ -131,6 +136,37 @@ def quantize_blocks(
     )
 
 
+@dataclass(frozen=True)
+class RefitTablesConfig:
+    """How far tables are refitted (``pmpd.quant.refit``)."""
+
+    steps: int
+    damping: float
+    device: str
+
+
+def run_refit_tables(config: RefitTablesConfig, inputs: Mapping[str, Path], out: Path) -> None:
+    """The ``nested`` input, whatever made it, with tables refitted under the ``moments`` input; codes stay."""
+    weights = LazyWeights(inputs["model"])
+    files = sorted(inputs["nested"].glob(SHARDS))
+    for file in progress(files, "refit", len(files)):
+        if (out / file.name).exists():
+            continue
+        tensors = load_file(file)
+        with safe_open(inputs["moments"] / file.name, framework="pt") as moments:
+            for name in moments.keys():  # noqa: SIM118
+                own = refit_tables(
+                    weights.weight(name).to(config.device).float(),
+                    NestedWeight.from_tensors(tensors, name),
+                    moments.get_tensor(name),
+                    steps=config.steps,
+                    damping=config.damping,
+                )
+                tensors |= own.to_tensors(name)
+        write_tensors(out / file.name, tensors)
+    write_summary(out, read_summary(inputs["nested"])["metrics"])
+
+
 QUANTIZE = Stage("quantize", 1, QuantizeConfig, run_quantize, "k-means over every weight")
 QUANTIZE_JOINT = Stage(
     "quantize_joint",
@@ -139,3 +175,4 @@ QUANTIZE_JOINT = Stage(
     run_quantize_joint,
     "error feedback and descents over every weight",
 )
+REFIT_TABLES = Stage("refit_tables", 1, RefitTablesConfig, run_refit_tables, "conjugate gradients over every table")

@@ -52,6 +52,7 @@ NOT_PINNED = {
     "data": "needs the hub; tests/tasks/test_hub.py compares it with a stand-in",
     "moments": "only quantizer=joint has it; tests/quant/test_moments.py compares it with a plain sum",
     "quantize_joint": "only quantizer=joint has it; tests/quant/test_joint.py holds its definitions",
+    "refit_tables": "only quantizer=anyprec quantizer.refits has it; tests/quant/test_refit.py holds its definition",
     "tune_tables": "only quantizer.tuning_steps has it; tests/quant/test_tuning.py holds its definitions",
     "dense_sparse": "only scheduler=dense_sparse has it; tests/quant/test_dense_sparse.py holds its definitions",
     "hyperparameters": "only pipelines/tune.py has it; tests/pipelines/test_tune.py reads it",

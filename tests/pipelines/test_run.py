@@ -94,6 +94,7 @@ def test_uniform_schedulers_have_their_bits_and_fp16_agrees_with_itself(store):
         ["scheduler=static", "quantizer=joint"],
         ["scheduler=high", "quantizer=joint", "quantizer.outlier_share=0.01", "quantizer.group_size=32"],
         ["scheduler=static", "quantizer.tuning_steps=2"],
+        ["scheduler=high", "quantizer.refits=2", "quantizer.tuning_steps=2"],
     ],
     ids=" ".join,
 )
