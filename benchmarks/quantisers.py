@@ -37,7 +37,14 @@ from pmpd.quant import NestedWeight
 from pmpd.records import FP16_BITS, Schedule
 from pmpd.stages.base import RuntimeConfig
 from pmpd.stages.calibration import MomentsConfig, SensitivityConfig, run_moments, run_sensitivity
-from pmpd.stages.quantization import QuantizeConfig, QuantizeJointConfig, run_quantize, run_quantize_joint
+from pmpd.stages.quantization import (
+    QuantizeConfig,
+    QuantizeJointConfig,
+    RefitTablesConfig,
+    run_quantize,
+    run_quantize_joint,
+    run_refit_tables,
+)
 from pmpd.stages.rollouts import by_length
 from pmpd.stages.runtime import load_prompter
 from pmpd.stages.tuning import TuneTablesConfig, run_tune_tables
@@ -59,6 +66,7 @@ class Quantizer:
     options: of its config, beside the defaults.
     parent_bits: the highest precision that it makes.
     tuning: steps and rate of tuning up to 4 bits, if any.
+    base: what is tuned, or else refitted.
     """
 
     kind: str
@@ -78,11 +86,14 @@ class Quantizer:
 
 
 TUNED = (64, 0.003)
+REFITTED = {"solver": "exact", "refits": 3}
 QUANTIZERS: dict[str, Quantizer] = {
     "anyprec": Quantizer("anyprec", {"solver": "lloyd"}),
     "anyprec-exact": Quantizer("anyprec", {"solver": "exact"}),
     "anyprec-exact-0.75": Quantizer("anyprec", {"solver": "exact", "sensitivity_power": 0.75}),
     "anyprec-exact-tuned": Quantizer("anyprec", {"solver": "exact"}, tuning=TUNED, base="anyprec-exact"),
+    "anyprec-exact-refit": Quantizer("anyprec", REFITTED, base="anyprec-exact"),
+    "anyprec-exact-refit-tuned": Quantizer("anyprec", REFITTED, tuning=TUNED, base="anyprec-exact-refit"),
     "joint": Quantizer("joint"),
     "joint-tuned": Quantizer("joint", tuning=TUNED, base="joint"),
     "joint-4": Quantizer("joint", {}, 4),
@@ -204,6 +215,9 @@ def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], 
         steps, rate = quantizer.tuning
         config = TuneTablesConfig([2, 3, 4], steps, rate, 4, RuntimeConfig("float32", device))
         run_tune_tables(config, {**inputs, "nested": untuned}, out)
+    elif quantizer.base:
+        refit = RefitTablesConfig(quantizer.options["refits"], JOINT["damping"], device)
+        run_refit_tables(refit, {**inputs, "nested": untuned}, out)
     spent += time.perf_counter() - start
     (out / "seconds").write_text(str(spent))
     return spent
