@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import time
 from typing import Any
@@ -14,6 +15,8 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 90
 """Slurm's warning before a time limit or a preemption."""
+PING_TIMEOUT_S = 15.0
+"""A controller that is down is told in 0.02 s, munged that is down in 2 s, a SLURM_CONF that is not there in 60."""
 SQUEUE_EVERY_S = 2.0
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
@@ -77,11 +80,48 @@ class Queue:
         return True
 
 
+def check_cluster(partition: str | None) -> None:
+    """Ask the controller whether it is there and knows ``partition``: sbatch would be refused again and again.
+
+    A controller that goes away later is waited for, which is why jobs that it refuses are given to it again.
+
+    Raises:
+        ConfigError: no controller answers, or it has no such partition.
+    """
+    code, said = _scontrol("ping")
+    if code or not re.search(r"\bUP\b", said):  # a line each for primary and backups; one that is up is enough
+        raise ConfigError(
+            f"launcher=slurm is not possible: no Slurm controller answers ({said}); start slurmctld and munged, or set "
+            "SLURM_CONF to the configuration of a cluster that runs; launcher=local needs none"
+        )
+    for name in partition.split(",") if partition else ():
+        code, said = _scontrol("--all", "show", "partition", name)
+        if code:
+            raise ConfigError(
+                f"launcher.partition={partition} is not possible: {said}; `sinfo --summarize` lists them, null is the "
+                "cluster's default"
+            )
+
+
+def _scontrol(*arguments: str) -> tuple[int, str]:
+    """Exit code of scontrol, and what it said, in one line."""
+    try:
+        asked = subprocess.run(["scontrol", *arguments], capture_output=True, timeout=PING_TIMEOUT_S)
+        code, said = asked.returncode, asked.stdout + asked.stderr
+    except FileNotFoundError:
+        return 127, "there is no scontrol here"
+    except subprocess.TimeoutExpired as error:
+        code, said = 124, (error.stdout or b"") + (error.stderr or b"") + f"no end in {PING_TIMEOUT_S:g} s".encode()
+    lines = said.decode(errors="replace").splitlines()
+    return code, "; ".join(line.strip() for line in lines if line.strip() and not line.startswith("**"))
+
+
 class Slurm:
     """Batch jobs. What is cancelled or killed is seen in squeue, so that no accounting is needed.
 
     Raises:
-        ConfigError: submitit is not installed, or this machine has no sbatch.
+        ConfigError: submitit is not installed, this machine has no sbatch, no controller answers, or it has no such
+            partition.
     """
 
     def __init__(self, config: LauncherConfig) -> None:
@@ -91,6 +131,7 @@ class Slurm:
             raise ConfigError("launcher=slurm needs submitit: pip install 'pmpd[slurm]'") from error
         if submitit.SlurmExecutor.affinity() < 0:
             raise ConfigError("launcher=slurm is not possible: there is no sbatch here; launcher=local needs none")
+        check_cluster(config.partition)
         self.executor = submitit.SlurmExecutor(folder=f"{config.folder}/%j", max_num_timeout=100)
         self.config = config
         self.queue = Queue()
