@@ -1,17 +1,20 @@
-"""Jobs as processes of this machine: which GPUs each may see."""
+"""Engines: which GPUs a process of this machine may see, and what is said where an engine's package is not there."""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from pipelines.engines import Local
+from pipelines.engines import Local, open_engine
 from pipelines.jobs import State
-from pmpd.config import LauncherConfig, LauncherKind, NeedsConfig
+from pmpd.config import ConfigError, LauncherConfig, LauncherKind, NeedsConfig
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,13 @@ def test_each_local_job_sees_only_the_gpus_that_it_was_given(tmp_path: Path, mon
     finally:
         for handle in handles.values():
             handle.cancel()
+
+
+@pytest.mark.parametrize(("kind", "package"), [(LauncherKind.ray, "ray"), (LauncherKind.slurm, "submitit")])
+def test_an_engine_without_its_package_names_the_extra_that_has_it(kind, package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'pmpd\[(\w+)\]'") as error:
+        open_engine(LauncherConfig(name=kind.value, kind=kind, folder=str(tmp_path)))
+    extra = re.search(r"pmpd\[(\w+)\]", str(error.value))[1]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert any(re.match(rf"{package}\b", needed) for needed in project["optional-dependencies"][extra])
