@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Workers share the cores. Read when torch and numba load; numba's OpenMP layer sets torch's number to its own.
@@ -13,6 +16,27 @@ for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
 import pytest
 
 from tests.tiny import tiny_model_dir
+
+
+class Stderr(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.fixture
+def stderr(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], io.StringIO]:
+    """``stderr("terminal")`` or ``stderr("log")``: what is written to stderr from now on, which is one or a file."""
+
+    def become(kind: str) -> io.StringIO:
+        stream = Stderr(terminal={"terminal": True, "log": False}[kind])
+        monkeypatch.setattr(sys, "stderr", stream)
+        return stream
+
+    return become
 
 
 @pytest.fixture(scope="session")

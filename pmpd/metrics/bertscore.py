@@ -8,12 +8,15 @@ rescaling and no idf weights. Knows nothing about tasks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 PACKAGE_PREFIX = "package:"
 DEFAULT_MAX_TOKENS = 512
@@ -32,14 +35,19 @@ class _Encoder:
 
 
 def bertscore_f1(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], encoder: str, device: str = "cpu"
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    encoder: str,
+    device: str = "cpu",
+    *,
+    progress: bool = False,
 ) -> list[float]:
     """F1 of each prediction, mean over its references.
 
     ``encoder`` is ``package:NAME`` (an installed package that carries an encoder's folder), a folder, or a
     hub name (``roberta-large`` for numbers that compare with published ones). It is loaded once a process.
     The layer is the package's own choice where it knows the name, else the last but one (5 of MiniLM's 6).
-    A text without a visible character scores 0 on either side.
+    A text without a visible character scores 0 on either side. ``progress`` shows a bar on a terminal.
 
     Raises:
         ValueError: different numbers of predictions and references, or a prediction without a reference.
@@ -54,7 +62,7 @@ def bertscore_f1(
     visible = [(i, p, r) for i, p, r in pairs if p.strip() and r.strip()]
     totals = [0.0] * len(predictions)
     if visible:
-        scores = _f1([p for _, p, _ in visible], [r for _, _, r in visible], _load(encoder, device))
+        scores = _f1([p for _, p, _ in visible], [r for _, _, r in visible], _load(encoder, device), progress)
         for (i, _, _), score in zip(visible, scores, strict=True):
             totals[i] += score
     return [total / len(group) for total, group in zip(totals, references, strict=True)]
@@ -124,14 +132,21 @@ def _load(encoder: str, device: str) -> _Encoder:
     return _Encoder(model.eval().to(device), tokenizer, device)
 
 
-def _f1(predictions: list[str], references: list[str], encoder: _Encoder) -> list[float]:
+def _f1(predictions: list[str], references: list[str], encoder: _Encoder, progress: bool) -> list[float]:
     from bert_score.utils import bert_cos_score_idf
 
     tokenizer = encoder.tokenizer
     # All weights 1 but those of the two special tokens: BERTScore without idf.
     weights = dict.fromkeys(range(len(tokenizer)), 1.0)
     weights.update({tokenizer.sep_token_id: 0.0, tokenizer.cls_token_id: 0.0})
-    scores = bert_cos_score_idf(
-        encoder.model, references, predictions, tokenizer, weights, device=encoder.device, batch_size=BATCH_SIZE
-    )
+    batches = math.ceil(len({*predictions, *references}) / BATCH_SIZE)  # each text is embedded once
+    with tqdm(total=batches, desc="BERTScore", disable=None if progress else True, leave=False) as bar:
+        # The package's own bars are printed to a log file too; its matching costs little beside the encoder.
+        hook = encoder.model.register_forward_hook(lambda *_: bar.update())
+        try:
+            scores = bert_cos_score_idf(
+                encoder.model, references, predictions, tokenizer, weights, device=encoder.device, batch_size=BATCH_SIZE
+            )
+        finally:
+            hook.remove()
     return [float(score) for score in scores[..., 2].cpu()]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from tqdm import tqdm
 
 from pmpd.schedulers.network import KV, LearnedNetwork
 
@@ -70,6 +71,7 @@ def train(
     batch: int,
     holdout: float,
     seed: int,
+    progress: bool = False,
 ) -> tuple[LearnedNetwork, TrainReport]:
     """Train on cross-entropy with AdamW; the same arguments give the same network.
 
@@ -80,6 +82,7 @@ def train(
         labels: a class for each, from 0 to ``num_classes - 1``.
         inputs: which features the network looks at.
         holdout: fraction of samples kept from training, at least one sample, chosen by ``seed``.
+        progress: show a progress bar on a terminal.
 
     Raises:
         ValueError: fewer than 2 samples, as many labels as features not given, or a label out of range.
@@ -110,7 +113,7 @@ def train(
         )
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
         losses = []
-        for _ in range(epochs):
+        for _ in tqdm(range(epochs), desc="train", unit="epoch", disable=None if progress else True, leave=False):
             network.train()
             rows = balanced_order([labels[i] for i in training], generator)
             total = 0.0

@@ -26,7 +26,7 @@ from pmpd.models import (
 )
 from pmpd.records import Sample
 from pmpd.stages.base import Stage, write_summary
-from pmpd.stages.runtime import load_prompter
+from pmpd.stages.runtime import load_prompter, progress
 from pmpd.tasks import build, download, read_rows, role_rows, seed_prompts, windows
 
 SAMPLES_FILE = "samples.jsonl"
@@ -100,7 +100,7 @@ def run_prompts(config: PromptsConfig, inputs: Mapping[str, Path], out: Path) ->
     prompter = load_prompter(inputs["model"], config.template, config.trust_remote_code)
     room = context_length(inputs["model"], config.trust_remote_code) - config.max_new_tokens
     records, num_shortened = [], 0
-    for sample in samples:
+    for sample in progress(samples, "prompts"):
         turns = list(sample.turns)
         ids = prompter.ids(turns[:1], [])
         shortened = len(ids) > room

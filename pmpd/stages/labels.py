@@ -14,6 +14,7 @@ from pmpd.schedulers import label
 from pmpd.stages.base import Stage, write_summary
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import read_rollouts
+from pmpd.stages.runtime import progress
 
 LABELS_FILE = "labels.jsonl"
 
@@ -47,7 +48,7 @@ def run_labels(config: LabelsConfig, inputs: Mapping[str, Path], out: Path) -> N
         return rouge_l(completion.generations[0].text, [fp16[completion.sample_id].generations[0].text])
 
     rows = []
-    for sample in samples:
+    for sample in progress(samples, "labels"):
         quality = [agreement(table[c.canonical(config.max_new_tokens)][sample.id]) for c in classes]
         target = agreement(high[sample.id])
         rows.append({"id": sample.id, "label": label(quality, target), "quality": quality, "target": target})

@@ -101,6 +101,7 @@ def run_train_learned(config: TrainLearnedConfig, inputs: Mapping[str, Path], ou
         batch=config.train_batch,
         holdout=config.holdout,
         seed=config.seed,
+        progress=True,
     )
     save_network(network, out / NETWORK_FILE)
     names = [c.name for c in classes]

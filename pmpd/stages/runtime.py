@@ -33,6 +33,6 @@ def load_prompter(model: Path, template: str, trust_remote_code: bool) -> Prompt
     return Prompter(load_tokenizer(model, trust_remote_code), template, generation)
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> Iterable[T]:
-    """A progress bar on a terminal; silent in a log file."""
-    return tqdm(items, desc=description, total=total, initial=initial, disable=None, dynamic_ncols=True, leave=False)
+def progress(items: Iterable[T] | None, description: str, total: int | None = None) -> tqdm[T]:
+    """A progress bar on a terminal; silent in a log file. Without ``items`` the caller says ``update()`` after each."""
+    return tqdm(items, desc=description, total=total, disable=None, dynamic_ncols=True, leave=False)

@@ -25,6 +25,7 @@ from pmpd.metrics import (
     smallest_detectable_drop_statistic,
 )
 from pmpd.records import Completion, Interval, Sample
+from pmpd.stages.runtime import progress
 
 Reduce = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -74,9 +75,11 @@ def score(metric: str, predictions: Sequence[str], references: Sequence[Sequence
     """Score one prediction a sample against its references."""
     match metric:
         case "rouge_l":
-            return mean_scores([rouge_l(p, r) for p, r in zip(predictions, references, strict=True)], 100)
+            pairs = progress(zip(predictions, references, strict=True), "ROUGE-L", len(predictions))
+            return mean_scores([rouge_l(p, r) for p, r in pairs], 100)
         case "bertscore":
-            f1 = bertscore_f1(list(predictions), [list(r) for r in references], encoder.name, encoder.device)
+            texts = [list(r) for r in references]
+            f1 = bertscore_f1(list(predictions), texts, encoder.name, encoder.device, progress=True)
             return mean_scores(f1, 100)
         case "bleu" | "sacrebleu":
             statistics = bleu_statistics(predictions, references).astype(np.float64)

@@ -97,10 +97,13 @@ def run_search(config: SearchConfig, inputs: Mapping[str, Path], out: Path) -> N
         for bits in nested:
             if bits not in (prefill_bits, decode_bits):
                 cell.drop(bits)
-        return perplexity(two_phase_nll(model, cell, windows, half, prefill_bits, decode_bits, batch_size=batch))
+        nll = two_phase_nll(model, cell, windows, half, prefill_bits, decode_bits, batch_size=batch)
+        bar.update()
+        return perplexity(nll)
 
     fp16_half = second_half[FP16_BITS]
-    pair, scores = cheapest_pair(nested, pair_perplexity, fp16_half * (1 + config.tolerance))
+    with progress(None, "pairs of precisions") as bar:
+        pair, scores = cheapest_pair(nested, pair_perplexity, fp16_half * (1 + config.tolerance))
 
     lossless = lowest_lossless(curve, config.tolerance)
     write_summary(

@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from pmpd.artifacts import write_jsonl
 from pmpd.tasks.source import LAYOUT, DataError
 
@@ -75,7 +77,8 @@ def download(
     def counted() -> Iterator[Any]:
         nonlocal num_rows
         try:
-            for row in islice(stream, max_rows):
+            rows = islice(stream, max_rows)
+            for row in tqdm(rows, desc=f"{hub_path} {split}", total=max_rows, unit="row", disable=None, leave=False):
                 num_rows += 1
                 yield _plain(row)
         except _load_errors() as error:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,3 +160,16 @@ def test_bad_input_is_refused() -> None:
         bertscore_f1(["a", "b"], [["a"]], PACKAGE)
     with pytest.raises(ValueError, match=r"references\[0\] is empty"):
         bertscore_f1(["a"], [[]], PACKAGE)
+
+
+def test_batches_of_texts_are_a_bar_on_a_terminal_and_nothing_in_a_log(encoder: Path, stderr: Any) -> None:
+    texts = [" ".join(words) for words in itertools.product(WORDS, WORDS)]  # 81, two batches
+    log = stderr("log")
+    plain = bertscore_f1(texts, [["the cat"]] * len(texts), str(encoder), progress=True)
+    assert "BERTScore" not in log.getvalue()
+    screen = stderr("terminal")
+    assert bertscore_f1(texts, [["the cat"]] * len(texts), str(encoder)) == plain
+    assert "BERTScore" not in screen.getvalue()
+    assert bertscore_f1(texts, [["the cat"]] * len(texts), str(encoder), progress=True) == plain
+    assert "BERTScore" in screen.getvalue()
+    assert "/2 " in screen.getvalue()

@@ -155,3 +155,15 @@ def test_bad_labels_are_refused(labels: list[int], message: str) -> None:
 def test_a_single_sample_is_refused() -> None:
     with pytest.raises(ValueError, match="1 samples: at least 2"):
         train(make_data(1)[0], [0], 3, **SETTINGS)
+
+
+def test_epochs_are_a_bar_on_a_terminal_and_nothing_in_a_log(stderr: Any) -> None:
+    features, labels = make_data(20)
+    log = stderr("log")
+    train(features, labels, 3, **SETTINGS, progress=True)
+    assert log.getvalue() == ""
+    screen = stderr("terminal")
+    train(features, labels, 3, **SETTINGS)
+    assert screen.getvalue() == ""
+    train(features, labels, 3, **SETTINGS, progress=True)
+    assert f"/{SETTINGS['epochs']} " in screen.getvalue()

@@ -51,3 +51,12 @@ def test_references_are_the_models_own_fp16_output_only_where_a_task_has_none():
     samples = [Sample("a", ("q", "r")), Sample("b", ("q",), ("given",))]
     assert references_of(samples, fp16) == [[["one"], ["two"]], [["given"]]]
     assert fp16_references(samples, fp16) == [[["one"], ["two"]], [["three"]]]
+
+
+def test_rouge_of_many_texts_is_a_bar_on_a_terminal_and_nothing_in_a_log(stderr):
+    log = stderr("log")
+    plain = score("rouge_l", ["the cat sat"] * 3, [["the cat"]] * 3, Encoder("", "cpu")).value()
+    assert log.getvalue() == ""
+    screen = stderr("terminal")
+    assert score("rouge_l", ["the cat sat"] * 3, [["the cat"]] * 3, Encoder("", "cpu")).value() == plain
+    assert "ROUGE-L" in screen.getvalue()
