@@ -17,18 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from pipelines.cells import cell_records
 from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.grid import compose_grid
 from pipelines.machines import npu_of
+from pipelines.notes import LINEARS, caption
 from pipelines.plan import Cell, Planner
-from pmpd.artifacts import Node, Store, StoreError, read_json
-from pmpd.config import Config, ReportKind, max_new_tokens
-from pmpd.records import Schedule
+from pmpd.artifacts import Store, StoreError
+from pmpd.config import Config, ReportKind
 from pmpd.report import (
     CellRecord,
     category_table,
@@ -36,7 +36,6 @@ from pmpd.report import (
     draw_perplexity,
     draw_quality,
     draw_switch_steps,
-    failures_line,
     linears_table,
     markdown_table,
     summary_table,
@@ -45,13 +44,10 @@ from pmpd.report import (
 from pmpd.report.drawings import Drawings
 from pmpd.report.export import export
 from pmpd.report.npu import write_npu_report
-from pmpd.stages import read_summary
-from pmpd.stages.evaluate import RESULTS_FILE
 from pmpd.tracking import code_version
 
 log = logging.getLogger("pmpd.report")
 
-LINEARS_CAPTION = "random weights, by the profiler's self CUDA time as in the paper"
 PAPER = Path("outputs/paper")
 MANY = 5
 """More cells than this get a figure with a row each: points among each other say less."""
@@ -103,43 +99,6 @@ def _failure(cell: Cell, store: Store) -> str:
     return next((f"{node.stage} {node.key}: {words}" for node, words in noted if words), "")
 
 
-def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
-    """What the store holds of ``cells``.
-
-    Raises:
-        FileNotFoundError: an artifact is not there.
-    """
-    records = []
-    for cell in cells:
-        results = []
-        for node in (cell.evaluation, cell.gain):
-            results += [r | {"key": node.key} for r in read_json(_verified(store, node) / RESULTS_FILE)]
-        results += _latency_rows(cell, store) + _linear_rows(cell, store)
-        records.append(
-            CellRecord(
-                model=model_name(cell.config),
-                task=cell.config.task.name,
-                scheduler=cell.config.scheduler.name,
-                prefill_bits=cell.prefill_bits,
-                levels=cell.precisions.levels,
-                metrics=tuple(m.value for m in cell.config.task.metrics),
-                results=results,
-                switch_curve=_curve(store, cell.evaluation, "switch_step"),
-                fit_curve=_curve(store, cell.fit, "switch_step"),
-                perplexity_curve=_curve(store, cell.search, "perplexity"),
-                linears=_read_rows(store, cell.linears)[1] if cell.linears else [],
-                tolerance=cell.config.budget.search_tolerance,
-                note=_note(cell, store),
-            )
-        )
-    return records
-
-
-def model_name(config: Config) -> str:
-    """What a table calls the model: its name, or for ``model=hf`` the last part of its path."""
-    return Path(config.model.path).name if config.model.name == "hf" else config.model.name
-
-
 def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Missing] = ()) -> str:
     """Write ``results.csv``, ``table.md`` and the figures below ``out``; show the tables.
 
@@ -169,11 +128,11 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
         group.append(record)
     texts, drawings = [], Drawings(out)
     for (model, task), group in groups.items():
-        text = f"## {model}, {task}\n\n{summary_table(group)}\n\n{_caption(group)}"
+        text = f"## {model}, {task}\n\n{summary_table(group)}\n\n{caption(group)}"
         if categories := category_table(group):
             text += f"\n\n{categories}"
         if group[0].linears:
-            text += f"\n\nLinear layers, one input, {LINEARS_CAPTION}:\n\n{linears_table(group[0].linears)}"
+            text += f"\n\n{LINEARS}:\n\n{linears_table(group[0].linears)}"
         texts.append(text)
         stem = f"{model}_{task}"
         drawings.draw(draw_quality, group, name=f"quality_{stem}.png")
@@ -272,7 +231,7 @@ def _report_gpu(cells: Sequence[Sequence[str]], configs: Sequence[Config], out: 
         try:
             cell = gpu_cell(config, store, reading=True)
             for node in cell.targets:
-                _verified(store, node)
+                store.verify(node, ".json")
             found.append(cell)
         except (ValueError, FileNotFoundError, StoreError) as error:
             missing.append(Missing(_command(overrides), str(error)))
@@ -298,109 +257,6 @@ def main() -> int:
         log.error("error: %s", error)
         return 1
     return 1 if missing else 0
-
-
-def _verified(store: Store, node: Node) -> Path:
-    try:
-        return store.verify(node, ".json")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{node.stage} {node.key} is not in the store") from None
-
-
-def _curve(store: Store, node: Node | None, name: str) -> list[dict[str, Any]]:
-    return read_summary(_verified(store, node))["curves"].get(name, []) if node is not None else []
-
-
-def _read_rows(store: Store, node: Node) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A timing artifact: what was timed and where, and its rows."""
-    timing = read_json(_verified(store, node) / RESULTS_FILE)
-    return timing, timing.pop("rows")
-
-
-def _latency_rows(cell: Cell, store: Store) -> list[dict[str, Any]]:
-    timing, rows = _read_rows(store, cell.latency)
-    where = f"on {timing['machine']}; {timing['engine']}; {timing['weights']}"
-    return [
-        {
-            "quantity": f"latency_{row['bits']}_bits",
-            "unit": f"ms a decode step at {row['context_tokens']} tokens, median and 10 % and 90 % quantiles, {where}",
-            "value": row["median_ms"],
-            "ci_low": row["p10_ms"],
-            "ci_high": row["p90_ms"],
-            "n": row["num_steps"],
-            "key": cell.latency.key,
-        }
-        for row in rows
-    ]
-
-
-def _linear_rows(cell: Cell, store: Store) -> list[dict[str, Any]]:
-    if cell.linears is None:
-        return []
-    timing, rows = _read_rows(store, cell.linears)
-    return [
-        {
-            "quantity": f"linear_{row['out_features']}x{row['in_features']}_{row['bits']}_bits_{cache}",
-            "unit": f"us of self CUDA time a forward, mean, {label}, on {timing['machine']}; {timing['weights']}",
-            "value": row[f"{cache}_us"],
-            "ci_low": None,
-            "ci_high": None,
-            "n": row["forwards"],
-            "key": cell.linears.key,
-        }
-        for row in rows
-        for cache, label in (("hot", "weights hot in the L2 cache"), ("flushed", "L2 cache flushed"))
-    ]
-
-
-def _note(cell: Cell, store: Store) -> str:
-    if cell.fit is not None:
-        metrics = read_summary(_verified(store, cell.fit))["metrics"]
-        steps = ", ".join(map(str, Schedule.parse(metrics["schedule"]).switch_steps))
-        found = "" if metrics["lossless"] else "no candidate was lossless, so the last; "
-        return (
-            f"switch step {steps} of at most {max_new_tokens(cell.config)}, fitted on {metrics['n']} validation "
-            f"samples with tolerance {cell.config.scheduler.tolerance:g} ({found}the smallest drop from high that they "
-            f"would have shown: {metrics['detectable_drop']:.1f})"
-        )
-    if cell.dense_sparse is not None:
-        metrics = read_summary(_verified(store, cell.dense_sparse))["metrics"]
-        assert cell.config.scheduler.target is not None
-        dense, share = metrics["dense_bits"], metrics["outlier_share"]
-        return (
-            f"prefill and decoding at {dense} bits and {share:.2%} outliers: {dense + metrics['outlier_bits']:.2f} "
-            f"bits with indices, {dense + metrics['nominal_outlier_bits']:.2f} by the paper's accounting; matched to "
-            f"{metrics['target_bits']:.2f}, {cell.config.scheduler.target.name}'s average; uniform precisions and "
-            "schedules count codes alone"
-        )
-    if cell.training is not None:
-        metrics = read_summary(_verified(store, cell.training))["metrics"]
-        return (
-            f"trained on {metrics['num_train']} seed prompts; accuracy on {metrics['num_holdout']} held out "
-            f"{metrics['holdout_accuracy']:.2f}, of always saying the commonest class "
-            f"{metrics['majority_accuracy']:.2f}"
-        )
-    return ""
-
-
-def _caption(group: Sequence[CellRecord]) -> str:
-    high, low = group[0].levels[0], group[0].levels[-1]
-    gain = next((r for kind in ("npu", "gpu") if (r := group[0].find(f"{kind}_decode_throughput"))), None)
-    timings = [r for r in group[0].results if r["quantity"].startswith("latency_")]
-    lines = [
-        f"high is uniform {high} bits, low uniform {low}, both prefill included. agreement: ROUGE-L with the model's "
-        "own fp16 output. Intervals: 95 % bootstrap over samples; differences are paired.",
-    ]
-    lines += [f"{r.scheduler}: {r.note}." for r in group if r.note]
-    if bertscore := group[0].find("bertscore"):
-        lines.append(f"BERTScore: {bertscore['unit']}.")
-    lines.append(failures_line(group))
-    if gain:
-        lines.append(f"Gain: {gain['unit']}.")
-    for unit in dict.fromkeys(r["unit"] for r in timings):
-        steps = ", ".join(f"{r['quantity'].split('_')[1]} bits {r['value']:.3g}" for r in timings if r["unit"] == unit)
-        lines.append(f"Measured, {unit}: {steps}.")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

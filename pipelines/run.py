@@ -27,11 +27,12 @@ from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
 from pipelines.answer import ANSWERED, answer
+from pipelines.cells import cell_records
 from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.jobs import set_threads
 from pipelines.plan import BASELINES, Cell, Planner
 from pipelines.preflight import cells_of, check_disk, check_sources, describe
-from pipelines.report import cell_records, write_report
+from pipelines.report import write_report
 from pipelines.schema import register
 from pipelines.sweep import build_cell
 from pipelines.track import Tracking

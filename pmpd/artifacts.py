@@ -189,7 +189,7 @@ class Store:
         if node.key in self._verified or node.key + suffix in self._verified:
             return path
         if not (path / MANIFEST).exists():
-            raise FileNotFoundError(path)
+            raise FileNotFoundError(f"{node.stage} {node.key} is not in the store")
         try:
             manifest = read_json(path / MANIFEST)
             files = dict(manifest["files"])
