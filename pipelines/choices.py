@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipelines.learning import labels, network
+from pipelines.quantised import sensitivity
 from pmpd.artifacts import Input, Node
 from pmpd.config import UNIFORM, Config, Level, SchedulerKind, given_steps, grid, max_new_tokens
 from pmpd.records import FP16_BITS, Schedule, class_schedules, pattern_schedule, schedule_family
@@ -222,7 +223,7 @@ def _dense_sparse(of: Choosing) -> Choice:
             of.config.model.trust_remote_code,
         ),
         model=planner.model,
-        sensitivity=planner.sensitivity(),
+        sensitivity=sensitivity(planner.model, planner.calibration, planner.runtime),
         rollouts=of.rollouts,
         **matched.inputs,
         **planner.outliers(),

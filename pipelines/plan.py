@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pipelines.choices import SEARCHED, Choosing, Precisions, candidates, choose, prefill_bits
 from pipelines.machines import Measured, Measures, check_hardware, measures
+from pipelines.quantised import nested_model
 from pipelines.sources import device_type, encoder_input, task_input, text_input
 from pmpd.artifacts import DamagedArtifactError, Input, Node, Store
 from pmpd.config import (
@@ -20,7 +21,6 @@ from pmpd.config import (
     Level,
     Metric,
     Overlong,
-    QuantizerKind,
     SchedulerConfig,
     SchedulerKind,
     check_precisions,
@@ -30,30 +30,16 @@ from pmpd.models import resolve
 from pmpd.records import FP16_BITS, Schedule
 from pmpd.stages import RuntimeConfig, read_summary
 from pmpd.stages import inputs as inputs_
-from pmpd.stages.calibration import MOMENTS, SENSITIVITY, MomentsConfig, SensitivityConfig
 from pmpd.stages.evaluate import EVALUATE, EvaluateConfig
 from pmpd.stages.inputs import DATA, PROMPTS, SEEDS, TEXTS, WEIGHTS, model_input
-from pmpd.stages.quantization import (
-    QUANTIZE,
-    QUANTIZE_JOINT,
-    REFIT_TABLES,
-    QuantizeConfig,
-    QuantizeJointConfig,
-    RefitTablesConfig,
-)
 from pmpd.stages.rollouts import ROLLOUTS, RolloutsConfig
 from pmpd.stages.search import SEARCH, SearchConfig
-from pmpd.stages.tuning import TUNE_TABLES, TuneTablesConfig
 
 BASELINES = (SchedulerKind.fp16, SchedulerKind.high)
 """Cells that every single run shows beside its own: they cost scoring only."""
 
 INPUT_STAGES = (WEIGHTS.name, DATA.name, PROMPTS.name, TEXTS.name, SEEDS.name)
 """Built first, so that bad input is refused while nothing is lost."""
-
-
-TUNING_BATCH = 4
-"""Calibration windows of a tuning step."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +119,7 @@ class Planner:
             data=self.texts_data,
         )
         self.runtime = RuntimeConfig(config.model.dtype.value, device_type(config), config.model.trust_remote_code)
-        self.nested = self._tuned(self._nested())
+        self.nested = nested_model(quantizer, self.model, self.calibration, self.runtime)
         self.search = SEARCH.node(
             SearchConfig(
                 seed_bits=quantizer.seed_bits,
@@ -144,70 +130,6 @@ class Planner:
             model=self.model,
             nested=self.nested,
             texts=self.perplexity_texts,
-        )
-
-    def sensitivity(self) -> Node:
-        """Mean squared gradients of the model's weights over the calibration text."""
-        config = SensitivityConfig(self.runtime.differentiable())
-        return SENSITIVITY.node(config, model=self.model, texts=self.calibration)
-
-    def moments(self) -> Node:
-        """Second moments of the model's activations over the calibration text."""
-        config = MomentsConfig(self.runtime.differentiable())
-        return MOMENTS.node(config, model=self.model, texts=self.calibration)
-
-    def _nested(self) -> Node:
-        """The quantised model, and what its quantiser weights errors by."""
-        quantizer, trust = self.config.quantizer, self.config.model.trust_remote_code
-        common = (quantizer.seed_bits, quantizer.parent_bits, quantizer.group_size)
-        match quantizer.kind:
-            case QuantizerKind.anyprec:
-                nested = QUANTIZE.node(
-                    QuantizeConfig(*common, quantizer.solver.value, quantizer.sensitivity_power, trust),
-                    model=self.model,
-                    sensitivity=self.sensitivity(),
-                )
-                if not quantizer.refits:
-                    return nested
-                return REFIT_TABLES.node(
-                    RefitTablesConfig(quantizer.refits, quantizer.damping, self.runtime.device),
-                    model=self.model,
-                    nested=nested,
-                    moments=self.moments(),
-                )
-            case QuantizerKind.joint:
-                return QUANTIZE_JOINT.node(
-                    QuantizeJointConfig(
-                        *common,
-                        focus_bits=quantizer.focus_bits,
-                        high_share=quantizer.high_share,
-                        damping=quantizer.damping,
-                        refits=quantizer.refits,
-                        sweeps=quantizer.sweeps,
-                        outlier_share=quantizer.outlier_share,
-                        device=self.runtime.device,
-                        trust_remote_code=trust,
-                    ),
-                    model=self.model,
-                    moments=self.moments(),
-                )
-
-    def _tuned(self, nested: Node) -> Node:
-        """``nested`` with its low precisions' tables tuned, if that is asked for."""
-        quantizer = self.config.quantizer
-        if not quantizer.tuning_steps:
-            return nested
-        return TUNE_TABLES.node(
-            TuneTablesConfig(
-                bits=list(range(quantizer.seed_bits, min(quantizer.tuning_bits, quantizer.parent_bits) + 1)),
-                steps=quantizer.tuning_steps,
-                rate=quantizer.tuning_rate,
-                batch_size=TUNING_BATCH,
-                runtime=self.runtime.differentiable(),
-            ),
-            model=self.model,
-            nested=nested,
-            texts=self.calibration,
         )
 
     def precisions(self) -> Precisions:

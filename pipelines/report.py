@@ -44,7 +44,7 @@ from pmpd.report import (
 from pmpd.report.drawings import Drawings
 from pmpd.report.export import export
 from pmpd.report.npu import write_npu_report
-from pmpd.tracking import code_version
+from pmpd.version import code_version
 
 log = logging.getLogger("pmpd.report")
 

@@ -1,7 +1,6 @@
 """The store: what a stage leaves, under the hash of everything that determines it.
 
-A :class:`Node` is a recipe (stage, version, configuration, input recipes); its key is known without
-running anything. A :class:`Store` keeps one directory a key, published whole or not at all. This
+A :class:`Store` keeps one directory for the key of a recipe (``pmpd.recipe``), published whole or not at all. This
 module knows nothing about what stages do.
 
 Layout of a store::
@@ -16,8 +15,6 @@ Layout of a store::
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import platform
@@ -25,8 +22,6 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +41,11 @@ from pmpd.files import (
     write_tensors,
 )
 from pmpd.locks import Patience, hold, is_latest
+from pmpd.recipe import Input, Node, Root, recipe_key
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-KEY_LENGTH = 16
 MANIFEST = "artifact.json"
 
 
@@ -61,57 +56,6 @@ class StoreError(RuntimeError):
 class DamagedArtifactError(StoreError):
     """A published file is missing or differs from its recorded digest."""
 
-
-def recipe_key(stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The one key function: sha256 of the recipe as canonical JSON, shortened to 16 hex digits."""
-    recipe = {"stage": stage, "version": version, "config": dict(config), "inputs": dict(inputs)}
-    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
-
-
-@dataclass(frozen=True, eq=False)
-class Root:
-    """An input that the pipeline did not make, keyed by its content.
-
-    Attributes:
-        name: for people, e.g. a file's or a hub model's name.
-        key: digest of the content, or a hub commit.
-        locate: gives its path; may download. It is sent to other processes, so it is no lambda.
-    """
-
-    name: str
-    key: str
-    locate: Callable[[], Path]
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """A stage applied to a configuration and inputs: an artifact's recipe."""
-
-    stage: str
-    version: int
-    config: Mapping[str, Any]
-    inputs: Mapping[str, Input] = field(default_factory=dict)
-
-    @cached_property
-    def key(self) -> str:
-        return recipe_key(self.stage, self.version, self.config, {n: i.key for n, i in self.inputs.items()})
-
-    def ancestors(self) -> list[Node]:
-        """This node after every node that it needs, each once, in an order that can be run."""
-        seen: dict[str, Node] = {}
-
-        def visit(node: Input) -> None:
-            if isinstance(node, Node) and node.key not in seen:
-                for parent in node.inputs.values():
-                    visit(parent)
-                seen[node.key] = node
-
-        visit(self)
-        return list(seen.values())
-
-
-Input = Node | Root
 
 Execute = Callable[[Node, Mapping[str, Path], Path], None]
 """Runs a node's stage: ``execute(node, input paths, output directory)``."""

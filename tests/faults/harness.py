@@ -43,10 +43,10 @@ from safetensors.torch import load_file
 from pipelines import multirun, report, sweep
 from pipelines.grid import compose_grid
 from pipelines.plan import Planner
-from pmpd import tracking
 from pmpd.artifacts import MANIFEST, Node, Store, read_json, write_json
 from pmpd.config import Config
 from pmpd.locks import Patience
+from pmpd.tracking import tracker
 from tests.faults.injections import Strike, truncate
 from tests.pipelines.cells import tiny
 from tests.tiny import tiny_model_dir
@@ -136,7 +136,7 @@ def run_sweeps(all_grids: Sequence[Grid], folder: Path, strike: Strike | None, m
     multirun.Store = lambda root: Store(root, PATIENCE)  # type: ignore[assignment, misc]
     if strike is not None:
         sweep.execute = strike.execute  # type: ignore[assignment]
-    tracking.INIT_TIMEOUT_S = 2.0
+    tracker.INIT_TIMEOUT_S = 2.0
     missing = []
     for number, grid in enumerate(all_grids):
         configs = grid.at(folder / "store", folder / "wandb", mode)

@@ -1,4 +1,4 @@
-"""Mirrors a run to Weights & Biases, or nowhere. The only module that imports wandb, and only when asked to.
+"""A run on Weights & Biases, or nowhere.
 
 Our own store is the source of truth, so a tracker may fail and the run goes on: this is the one fallback
 in the project, and it is loud. Knows nothing about stages beyond their names.
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pmpd import __version__
-from pmpd.files import read_json, write_json
+from pmpd.files import write_json
+from pmpd.tracking.ledger import Identity, ledger, remove_unsent, was_sent
+from pmpd.version import code_version
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +27,6 @@ INIT_TIMEOUT_S = 60.0
 """An online run that has not started by then (no network, wrong address) is given up."""
 FINISH_TIMEOUT_S = 120.0
 """An upload that has not ended by then is given up; the data stay on disk for ``wandb sync``."""
-GIT_TIMEOUT_S = 10.0
 
 
 _unreachable: list[str] = []
@@ -80,19 +77,6 @@ class NullTracker:
         pass
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What makes a run the same run when it is told again, by whatever process.
-
-    Attributes:
-        run_id: W&B's, such as ``quantize-<key>``.
-        content: a digest, or a key, of what it says: a run that was sent with the same content is not sent again.
-    """
-
-    run_id: str
-    content: str
-
-
 class WandbTracker:
     """One W&B run. Raises whatever W&B raises: :func:`open_tracker` is what makes it safe.
 
@@ -113,9 +97,9 @@ class WandbTracker:
         identity: Identity | None = None,
     ) -> None:
         self._identity = identity
-        self._ledger = None if identity is None else _ledger(dir, project, identity)
+        self._ledger = None if identity is None else ledger(dir, project, identity)
         if identity is not None:
-            _remove_unsent(Path(dir), identity)
+            remove_unsent(Path(dir), identity)
         # W&B would quietly move to a temporary folder if it could not write here.
         folder = Path(dir).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +125,7 @@ class WandbTracker:
             id=None if identity is None else identity.run_id,
             # Offline, W&B ignores it with a warning; two offline runs of one id become one when they are synced.
             resume="allow" if identity is not None and mode == "online" else None,
-            settings=_settings(wandb),
+            settings=wandb_settings(wandb),
         )
         self._step = 0
         self._lineage: dict[str, dict[str, Any]] = {}
@@ -290,100 +274,12 @@ def open_tracker(
     return _Guarded(open_inner)
 
 
-def was_sent(dir: str, project: str, identity: Identity) -> bool:
-    """Whether a run of this identity and content was finished here before, on-line or offline."""
-    try:
-        return bool(read_json(_ledger(dir, project, identity))["content"] == identity.content)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
-
-
-def link(dir: str, project: str, entity: str | None) -> list[str]:
-    """Make W&B artifacts of the lineage that finished runs carry, linked by which run made and which read them; once.
-
-    For after ``wandb sync``. An artifact is a reference to its folder in the store, never a copy. An input that no run
-    told of, because its folder was gone by then, is linked by its name alone. What was sent by a version that wrote no
-    lineage is skipped, and said.
-
-    Returns:
-        the runs that were linked.
-
-    Raises:
-        Exception: whatever W&B raises; what was linked before stays so, and the next call goes on from there.
-    """
-    import wandb
-
-    linked = []
-    entries = {path: dict(read_json(path)) for path in (Path(dir) / "sent" / project).glob("*.json")}
-    known = {path.stem for path in entries}
-
-    def read_of(kind: str, digest: str) -> Any:
-        if f"{kind}-{digest}" in known:
-            return f"{kind}-{digest}:latest"
-        return wandb.Artifact(f"{kind}-{digest}", type=kind, metadata={"digest": digest})
-
-    for path in sorted(entries, key=lambda p: entries[p].get("told_ns", 0)):  # the order of their making
-        entry = entries[path]
-        if "lineage" not in entry:
-            log.warning("%s was sent without its lineage, by an earlier version; it is not linked", path.stem)
-            continue
-        if entry.get("linked"):
-            continue
-        run = wandb.init(
-            project=project, entity=entity, id=path.stem, resume="must", mode="online", settings=_settings(wandb)
-        )
-        for name, artifact in entry["lineage"].items():
-            stage, _, key = name.partition("/")
-            if path.stem != f"{stage}-{key}":  # the run reads it
-                run.use_artifact(read_of(stage, key))
-                continue
-            for read in artifact["inputs"].values():
-                kind, _, digest = read.partition("/")
-                run.use_artifact(read_of(kind, digest))
-            made = wandb.Artifact(f"{stage}-{key}", type=stage, metadata={"key": key, "inputs": artifact["inputs"]})
-            if (folder := Path(artifact["path"]).absolute()).exists():  # not collected since
-                made.add_reference(folder.as_uri(), checksum=False)
-            run.log_artifact(made)
-        run.finish()
-        write_json(path, entry | {"linked": True})
-        linked.append(path.stem)
-    return linked
-
-
 def in_tuning() -> bool:
     """Whether a W&B agent started this process: the one run that it asks for is the cell's."""
     return "WANDB_SWEEP_ID" in os.environ
 
 
-def _ledger(dir: str, project: str, identity: Identity) -> Path:
-    return Path(dir) / "sent" / project / f"{identity.run_id}.json"
-
-
-def _remove_unsent(dir: Path, identity: Identity) -> None:
-    """Remove what a process that was killed, or an earlier content, left of this run and was not uploaded yet."""
-    for folder in dir.glob(f"wandb/offline-run-*-{identity.run_id}"):
-        if not list(folder.glob("*.synced")):
-            shutil.rmtree(folder)
-
-
-def code_version() -> str:
-    """``0.1.0+g<commit>`` (``.dirty`` if tracked files were changed), ``0.1.0`` outside a checkout of this code."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT_S).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside somebody else's checkout
-        commit = git("rev-parse", "--short=12", "HEAD")
-        dirty = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__}+g{commit}{'.dirty' if dirty else ''}"
-
-
-def _settings(wandb: Any) -> Any:
+def wandb_settings(wandb: Any) -> Any:
     """Nothing printed, no diffs, no system samples, no waiting for ever."""
     wanted = {
         "silent": True,
