@@ -146,8 +146,10 @@ def draw_switch_steps(record: CellRecord, path: Path) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write ``path`` as PNG and as PDF, the same bytes for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # laid out by now; each saving would do it again
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.execute(figure)  # once, and without the drawing of it all that a canvas does for a layout
+    figure.set_layout_engine(None)
     figure.savefig(path.with_suffix(".png"), dpi=160)
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
