@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmpd.models.errors import ModelError
@@ -68,7 +69,8 @@ def _convert_pickles(files: list[Path], out_dir: Path) -> None:
     """One safetensors shard a pickle, one in memory at a time."""
     weight_map: dict[str, str] = {}
     total_bytes = 0
-    for number, file in enumerate(files, start=1):
+    shards = tqdm(files, desc="weights", unit="shard", disable=None, leave=False)
+    for number, file in enumerate(shards, start=1):
         tensors = _own_memory(_load_pickle(file))
         shard = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(tensors, out_dir / shard, metadata={"format": "pt"})
