@@ -25,7 +25,7 @@ from pipelines.cells import cell_records
 from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.grid import compose_grid
 from pipelines.machines import npu_of
-from pipelines.notes import LINEARS, caption
+from pipelines.notes import LINEARS, PERPLEXITY, caption
 from pipelines.plan import Cell, Planner
 from pmpd.artifacts import Store, StoreError
 from pmpd.config import Config, ReportKind
@@ -38,6 +38,7 @@ from pmpd.report import (
     draw_switch_steps,
     linears_table,
     markdown_table,
+    perplexity_table,
     summary_table,
     tidy,
 )
@@ -145,6 +146,8 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
     for model in dict.fromkeys(r.model for r in records):
         record = next(r for r in records if r.model == model)
         drawings.draw(draw_perplexity, record.perplexity_curve, record.tolerance, model, name=f"perplexity_{model}.png")
+        table = perplexity_table(record.perplexity_curve, record.tolerance)
+        texts.append(f"## {model}, perplexity\n\n{table}\n\n{PERPLEXITY}")
     drawings.close()
     if missing:
         rows = [[cell.command, " ".join(cell.reason.split()).replace("|", "/")] for cell in missing]

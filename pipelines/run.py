@@ -112,7 +112,9 @@ def _say_search(cell: Cell, store: Store) -> None:
         "search: lowest precision within %.3g of fp16's perplexity: %s; cheapest (prefill, decode) pair: %s; "
         "used here: %s (%s)",
         metrics["tolerance"],
-        f"{found} bits" if found else "none",
+        f"{found} bits ({metrics['num_windows']} windows, detectable rise {metrics['detectable_rise']:.2%})"
+        if found
+        else "none",
         pair if pair[0] else "none",
         "/".join(map(str, cell.precisions.levels)),
         cell.precisions.source,

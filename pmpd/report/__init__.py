@@ -2,7 +2,15 @@
 
 from pmpd.report.figures import draw_cells, draw_perplexity, draw_quality, draw_switch_steps
 from pmpd.report.frame import COLUMNS, CellRecord, tidy
-from pmpd.report.table import category_table, failures_line, linears_table, markdown_table, steps_table, summary_table
+from pmpd.report.table import (
+    category_table,
+    failures_line,
+    linears_table,
+    markdown_table,
+    perplexity_table,
+    steps_table,
+    summary_table,
+)
 
 __all__ = [
     "COLUMNS",
@@ -15,6 +23,7 @@ __all__ = [
     "failures_line",
     "linears_table",
     "markdown_table",
+    "perplexity_table",
     "steps_table",
     "summary_table",
     "tidy",

@@ -33,7 +33,7 @@ class CellRecord:
         results: rows with quantity, unit, value, ci_low, ci_high, n and key.
         switch_curve: rows of quality by candidate schedule on the test split.
         fit_curve: the same on the validation split, for a fitted static schedule.
-        perplexity_curve: rows of bits and perplexity of the model.
+        perplexity_curve: rows of bits and perplexity of the model, with its rise over fp16's, interval and power.
         linears: times of the linear layers alone, on a GPU.
         tolerance: of the search, relative to fp16's perplexity.
         note: how the schedule was chosen, in a phrase.

@@ -101,6 +101,26 @@ def summary_table(records: Sequence[CellRecord]) -> str:
     return markdown_table(header, rows)
 
 
+def perplexity_table(curve: Sequence[dict[str, Any]], tolerance: float) -> str:
+    """Perplexity at every precision over fp16's of the same windows, and what these windows could have shown."""
+    header = ["bits", "perplexity", "over fp16 [95 %]", "detectable rise", f"within {tolerance:.0%}", "windows"]
+    body = []
+    for row in sorted(curve, key=lambda row: -row["bits"]):
+        low, high = (f"{100 * row[f'relative_{side}']:+.2f}" for side in ("low", "high"))
+        fp16 = row["bits"] == FP16_BITS
+        body.append(
+            [
+                str(row["bits"]),
+                f"{row['perplexity']:.2f}",
+                "-" if fp16 else f"{100 * row['relative']:+.2f} % [{low}, {high}]",
+                "-" if fp16 else f"{100 * row['detectable_rise']:.2f} %",
+                "-" if fp16 else "yes" if row["relative"] <= tolerance else "no",
+                str(row["n"]),
+            ]
+        )
+    return markdown_table(header, body)
+
+
 def category_table(records: Sequence[CellRecord]) -> str:
     """The first metric of each category of samples, and its paired difference to uniform high; empty without any."""
     metric = records[0].metrics[0]

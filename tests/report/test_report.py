@@ -1,6 +1,7 @@
 """Tables, frame and figures from records made by hand."""
 
 import dataclasses
+import math
 
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from pmpd.report import (
     draw_switch_steps,
     failures_line,
     markdown_table,
+    perplexity_table,
     summary_table,
     tidy,
 )
@@ -42,7 +44,11 @@ def record(scheduler="static", bits=3.5, value=20.0):
         ("rouge_l",),
         [row("rouge_l", value), row("rouge_l minus high", -0.5), row("agreement", 30.0), row("average_bits", bits)],
         switch_curve=[{"switch_steps": [s], **row("rouge_l", 20.0 + s)} for s in (0, 20, 40)],
-        perplexity_curve=[{"bits": b, "perplexity": p} for b, p in ((2, 90.0), (3, 40.0), (4, 31.0), (16, 30.0))],
+        perplexity_curve=[
+            {"bits": b, "perplexity": p, "relative": p / 30 - 1, "n": 64}
+            | {"relative_low": p / 30 - 1.01, "relative_high": p / 30 - 0.99, "detectable_rise": 0.015}
+            for b, p in ((2, 90.0), (3, 40.0), (4, 31.0), (16, 30.0))
+        ],
     )
 
 
@@ -54,6 +60,18 @@ def test_tidy_has_the_promised_columns_and_a_row_a_number(tmp_path):
     again = pd.read_csv(tmp_path / "r.csv")
     static = again[(again.scheduler == "static") & (again.metric == "rouge_l")].iloc[0]
     assert (static.high_bits, static.low_bits, static.average_bits, static.value, static.n) == (4, 3, 3.5, 20.0, 8)
+
+
+def test_the_search_says_beside_each_precision_what_its_windows_could_have_shown():
+    broken = {"bits": 1, "perplexity": math.inf, "relative": math.inf, "n": 64}
+    broken |= dict.fromkeys(("relative_low", "relative_high", "detectable_rise"), math.nan)
+    lines = perplexity_table([*record().perplexity_curve, broken], 0.05).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["bits", "perplexity", "over fp16 [95 %]", "detectable rise", "within 5%", "windows"]
+    assert cells[2] == ["16", "30.00", "-", "-", "-", "64"]
+    assert cells[3] == ["4", "31.00", "+3.33 % [+2.33, +4.33]", "1.50 %", "yes", "64"]
+    assert cells[4] == ["3", "40.00", "+33.33 % [+32.33, +34.33]", "1.50 %", "no", "64"]
+    assert cells[6] == ["1", "inf", "+inf % [+nan, +nan]", "nan %", "no", "64"]
 
 
 def test_markdown_is_aligned():
