@@ -141,8 +141,12 @@ def _f1(predictions: list[str], references: list[str], encoder: _Encoder, progre
     weights.update({tokenizer.sep_token_id: 0.0, tokenizer.cls_token_id: 0.0})
     batches = math.ceil(len({*predictions, *references}) / BATCH_SIZE)  # each text is embedded once
     with tqdm(total=batches, desc="BERTScore", disable=None if progress else True, leave=False) as bar:
+
+        def count(*_: Any) -> None:  # what a hook returns would take the place of the encoder's output
+            bar.update()
+
         # The package's own bars are printed to a log file too; its matching costs little beside the encoder.
-        hook = encoder.model.register_forward_hook(lambda *_: bar.update())
+        hook = encoder.model.register_forward_hook(count)
         try:
             scores = bert_cos_score_idf(
                 encoder.model, references, predictions, tokenizer, weights, device=encoder.device, batch_size=BATCH_SIZE

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tqdm import tqdm
 from transformers import BertConfig, BertModel, BertTokenizer, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from pmpd.metrics.bertscore import EncoderError, bertscore_f1, encoder_folder
@@ -173,3 +175,14 @@ def test_batches_of_texts_are_a_bar_on_a_terminal_and_nothing_in_a_log(encoder: 
     assert bertscore_f1(texts, [["the cat"]] * len(texts), str(encoder), progress=True) == plain
     assert "BERTScore" in screen.getvalue()
     assert "/2 " in screen.getvalue()
+
+
+def test_a_bar_that_is_drawn_at_each_batch_leaves_the_scores_alone(
+    encoder: Path, stderr: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["the cat sat", "the dog ran", "a mat"]
+    plain = bertscore_f1(texts, [["the cat"]] * 3, str(encoder))
+    # As where a batch takes longer than a bar waits between two drawings: then ``update`` returns True.
+    monkeypatch.setattr("pmpd.metrics.bertscore.tqdm", partial(tqdm, mininterval=0))
+    stderr("terminal")
+    assert bertscore_f1(texts, [["the cat"]] * 3, str(encoder), progress=True) == plain
