@@ -207,7 +207,8 @@ class Joint:
         pull = (self.weight - values) @ self.moment
         for block in self._blocks():
             before = values[:, :, block]
-            after, own = before.contiguous(), pull[:, :, block].contiguous()
+            # A copy even of what is contiguous, as with one row and one precision.
+            after, own = before.clone(memory_format=torch.contiguous_format), pull[:, :, block].contiguous()
             _steps(own).descend_block(after, own, self.moment[block, block], *self._columns(block))
             pull.flatten(0, 1).addmm_((after - before).flatten(0, 1), self.moment[block], alpha=-1)
             values[:, :, block] = after

@@ -53,6 +53,29 @@ def test_no_step_after_assignment_raises_the_loss(group_size: int | None, parent
     assert min(seen) < 0.99
 
 
+def test_high_precisions_count_falling_shares_of_their_loss_down_to_a_floor() -> None:
+    weight, moment = layer(rows=2, columns=600)  # more weights a row than the 256 values of 8 bits
+    solver = Joint(weight, damped(moment, 0.01), range(2, 9), None, JointOptions())
+    counted = torch.stack([solver.loss(b) for b in range(2, 9)]) * solver.costs
+    shares = torch.tensor([1, 1, 1, 0.25, 0.0625, 0.05, 0.05])
+    torch.testing.assert_close(counted, shares[:, None].expand(7, 2), rtol=1e-4, atol=0)
+
+
+def test_a_layer_of_one_row_descends_across_blocks_of_columns() -> None:
+    weight, moment = layer(rows=1, columns=160)
+    solver = Joint(weight, damped(moment, 0.01), range(3, 4), None, JointOptions())
+    losses = [solver.loss(3)]
+    for _ in range(20):
+        solver.descend()
+        losses.append(solver.loss(3))
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
+    codes, settled = solver.codes.clone(), solver.loss(3)
+    for column, code in itertools.product(range(64, 160), range(8)):  # behind the first block too
+        solver.codes = codes.clone()
+        solver.codes[:, column] = code
+        assert (solver.loss(3) >= settled * (1 - 1e-5)).all()
+
+
 def test_one_precision_is_ordinary_error_feedback() -> None:
     weight, moment = layer(rows=3, columns=40)
     moment = damped(moment, 0.01)
