@@ -13,6 +13,7 @@ from pmpd.config import (
     ModelConfig,
     NpuConfig,
     QuantizerConfig,
+    QuantizerKind,
     SchedulerConfig,
     SchedulerKind,
     TaskConfig,
@@ -98,6 +99,14 @@ def test_a_valid_cell_passes():
 def test_impossible_values_are_refused_by_name(path, value, message):
     with pytest.raises(ConfigError, match=message):
         check(with_(path, value))
+
+
+def test_a_power_of_sensitivities_is_refused_where_there_are_none():
+    config = with_("quantizer.kind", QuantizerKind.joint)
+    check(config)
+    config.quantizer.sensitivity_power = 0.75
+    with pytest.raises(ConfigError, match=r"quantizer\.sensitivity_power=0\.75 .* 1 with quantizer=joint"):
+        check(config)
 
 
 @pytest.mark.parametrize("kind", [SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low])

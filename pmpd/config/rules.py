@@ -93,6 +93,8 @@ def _check_quantizer(config: Config) -> None:
         _refuse("quantizer.group_size", quantizer.group_size, "null, or a multiple of 32")
     if not 0 <= quantizer.sensitivity_power <= 1:
         _refuse("quantizer.sensitivity_power", quantizer.sensitivity_power, "0 (all weights the same) to 1 (the paper)")
+    if quantizer.sensitivity_power != 1 and quantizer.kind is QuantizerKind.joint:
+        _refuse("quantizer.sensitivity_power", quantizer.sensitivity_power, "1 with quantizer=joint; anyprec has it")
     if not 0 < quantizer.high_share <= 1:
         _refuse("quantizer.high_share", quantizer.high_share, "more than 0, at most 1")
     if not quantizer.damping > 0:
