@@ -100,7 +100,7 @@ def draw_perplexity(curve: Sequence[dict[str, Any]], tolerance: float, model: st
         figure = Figure(figsize=(4.2, 3.2), layout="constrained")
         axes = figure.subplots()
         axes.axhspan(
-            fp16, fp16 * (1 + tolerance), color="#a6dba0", alpha=0.6, label=f"lossless (within {tolerance:.0%})"
+            fp16, fp16 * (1 + tolerance), color="#a6dba0", alpha=0.6, label=f"lossless (within {100 * tolerance:g}%)"
         )
         axes.axhline(fp16, color=COLOURS["fp16"], linestyle="--", linewidth=1, label="fp16")
         axes.plot([r["bits"] for r in rows], [r["perplexity"] for r in rows], "o-", color=COLOURS["static"])

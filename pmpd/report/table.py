@@ -103,7 +103,7 @@ def summary_table(records: Sequence[CellRecord]) -> str:
 
 def perplexity_table(curve: Sequence[dict[str, Any]], tolerance: float) -> str:
     """Perplexity at every precision over fp16's of the same windows, and what these windows could have shown."""
-    header = ["bits", "perplexity", "over fp16 [95 %]", "detectable rise", f"within {tolerance:.0%}", "windows"]
+    header = ["bits", "perplexity", "over fp16 [95 %]", "detectable rise", f"within {100 * tolerance:g}%", "windows"]
     body = []
     for row in sorted(curve, key=lambda row: -row["bits"]):
         low, high = (f"{100 * row[f'relative_{side}']:+.2f}" for side in ("low", "high"))

@@ -71,6 +71,7 @@ def test_the_search_says_beside_each_precision_what_its_windows_could_have_shown
     assert cells[2] == ["16", "30.00", "-", "-", "-", "64"]
     assert cells[3] == ["4", "31.00", "+3.33 % [+2.33, +4.33]", "1.50 %", "yes", "64"]
     assert cells[4] == ["3", "40.00", "+33.33 % [+32.33, +34.33]", "1.50 %", "no", "64"]
+    assert "within 0.5%" in perplexity_table(record().perplexity_curve, 0.005)
     assert cells[6] == ["1", "inf", "+inf % [+nan, +nan]", "nan %", "no", "64"]
 
 
