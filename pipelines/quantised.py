@@ -1,4 +1,4 @@
-"""The recipes of a model's nested copy: what its quantiser weights errors by, the quantiser, and its tuned tables."""
+"""The recipes of a model's nested copy: what its quantiser weights errors by, the quantiser, refits and tuning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def moments(model: Input, calibration: Node, runtime: RuntimeConfig) -> Node:
 
 
 def nested_model(quantizer: QuantizerConfig, model: Input, calibration: Node, runtime: RuntimeConfig) -> Node:
-    """The quantised model, its low precisions' tables tuned if that is asked for."""
+    """The quantised model, its tables refitted, those of low precisions tuned, if that is asked for."""
     nested = _quantised(quantizer, model, calibration, runtime)
     if not quantizer.tuning_steps:
         return nested
