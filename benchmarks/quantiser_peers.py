@@ -1,0 +1,116 @@
+"""A quantiser of one fixed precision beside the nested ones: GPTQ, as llmcompressor makes it.
+
+    pip install llmcompressor==0.14.0.1                no dependency of this project
+    python benchmarks/quantiser_peers.py --data-root DIR --device cuda --seeds 0 --prompts 0
+    python benchmarks/quantiser_peers.py --data-root DIR --device cuda --bits 3 --groups 96 --kinds asym-mse
+
+Calibration, layers and windows are ``quantisers.py``'s, and the rows go to its table. A weight is measured as its
+integer times its scale rounded to float16, and must be one of the 2^bits values that its group can have. *True bits*
+are the integers, a float16 scale a row and group of columns and, unless symmetric, a zero point of as many bits as an
+integer. All else is the library's choice: damping 0.01, columns by falling activation, inputs from blocks already
+quantised.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantisers import RESULTS, Bench, Table, measured, parser, peak_gib
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pmpd.models import block_linears, load_model
+from pmpd.records import FP16_BITS
+
+# Range of a group: its least and greatest weight, or the one of least squared error.
+KINDS: dict[str, dict[str, Any]] = {
+    "asym": {"symmetric": False},
+    "sym": {"symmetric": True},
+    "asym-mse": {"symmetric": False, "observer": "memoryless_mse"},
+}
+MAX_OFF_GRID = 0.02  # of a step
+
+
+def true_bits(layers: Iterable[nn.Linear], bits: int, group: int, symmetric: bool) -> float:
+    """Mean over the weights of all layers; a group of 0 is a whole row."""
+    shapes = [layer.weight.shape for layer in layers]
+    groups = sum(rows * columns / (group or columns) for rows, columns in shapes)
+    return bits + groups * (16 + (0 if symmetric else bits)) / sum(rows * columns for rows, columns in shapes)
+
+
+def dense(layer: Any, bits: int, group: int, symmetric: bool, device: str) -> Tensor:
+    """float32 ``[rows, columns]`` of a quantised layer, its scales rounded to float16.
+
+    Raises:
+        ValueError: a weight that is off its group's grid, or a group of more than ``2 ** bits`` values.
+    """
+    weight, scale = (t.detach().to(device).float() for t in (layer.weight, layer.weight_scale))
+    width = weight.shape[1] // scale.shape[1]
+    steps = weight / scale.repeat_interleave(width, dim=1)
+    codes = steps.round()
+    off = float((steps - codes).abs().max())
+    first, last = codes.unflatten(1, (-1, width)).aminmax(dim=2)
+    half = 2 ** (bits - 1)
+    if symmetric:
+        fits = first.min() >= -half and last.max() < half
+    else:
+        fits = (last.clamp_min(0) - first.clamp_max(0)).max() < 2 * half
+    if off > MAX_OFF_GRID or not fits or width != (group or weight.shape[1]):
+        raise ValueError(f"not {bits}-bit integers times scales of {group or 'all'} columns: {off:.3f} steps off")
+    return codes * scale.half().float().repeat_interleave(width, dim=1)
+
+
+def quantize(bench: Bench, weights: dict[str, Any], windows: Tensor) -> Any:
+    """The model with its blocks' linear layers quantised."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    model = load_model(bench.model_folder, torch.float32, "cpu")  # the library places the blocks
+    recipe = GPTQModifier(config_groups={"blocks": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    loader = DataLoader([{"input_ids": window} for window in windows], batch_size=8)
+    oneshot(model=model, dataset=loader, recipe=recipe, processor=bench.tokenizer)
+    return model
+
+
+def main() -> None:
+    arguments = parser(__doc__, RESULTS)
+    arguments.add_argument("--bits", nargs="+", type=int, default=[3, 4])
+    arguments.add_argument("--groups", nargs="+", type=int, default=[64, 96], help="columns a scale; 0: one a row")
+    arguments.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    args = arguments.parse_args()
+    version = importlib.metadata.version("llmcompressor")
+    table = Table(args.out, args.commit)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(args, Path(scratch))
+        for seed, group, kind, bits in itertools.product(args.seeds, args.groups, args.kinds, args.bits):
+            name = f"gptq-{group or 'row'}-{kind}"
+            if (name, str(seed)) in table.done:
+                continue
+            weights = {"num_bits": bits, "type": "int", **KINDS[kind]}
+            weights |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+            first = seed * args.calibration_windows
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            windows = bench.calibration[first : first + args.calibration_windows]
+            made = block_linears(quantize(bench, weights, windows))
+            quantise_s, peak = time.perf_counter() - start, peak_gib(args.device)
+            model, symmetric = bench.model(), KINDS[kind]["symmetric"]
+            layers = block_linears(model)
+            for path, layer in layers.items():
+                layer.weight.data = dense(made[path], bits, group, symmetric, args.device)
+            read = true_bits(layers.values(), bits, group, symmetric)
+            for corpus, value, agreement in measured(bench, model, None, FP16_BITS, seed == args.seeds[0]):
+                table.add(name, f"llmcompressor={version}", bits, read, corpus, value, args.windows, seed, agreement,
+                          round(quantise_s, 1), round(peak, 2))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
