@@ -56,7 +56,7 @@ def _sorted(values: Tensor, weights: Tensor) -> tuple[Tensor, kmeans.SortedRows]
     ordered, order = values.sort(dim=1, stable=True)
     weights = weights.gather(1, order)
     weights = (weights / weights.mean(1, keepdim=True)).clamp_min(kmeans.WEIGHT_FLOOR)
-    nowhere = np.empty((0, 0), np.int32)
+    nowhere = np.empty((0, 0), np.int32)  # clustering asks for values and weights alone
     return order, kmeans.SortedRows(nowhere, _on_cpu(ordered.double()), _on_cpu(weights.double()))
 
 
