@@ -92,7 +92,8 @@ def grids(model: Path) -> list[Grid]:
     wanted = (
         f"scheduler={SCHEDULERS}",
         "quantizer=joint scheduler=high",
-        "quantizer.refits=2 quantizer.tuning_steps=2 scheduler=high model.high_bits=null model.low_bits=2",
+        "quantizer.tuning_steps=2 scheduler=high model.high_bits=null model.low_bits=2",
+        "quantizer.refits=2 scheduler=high",
     )
     return [Grid(*compose_grid([*tiny(model), *more.split()])) for more in wanted]
 
