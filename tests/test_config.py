@@ -16,6 +16,7 @@ from pmpd.config import (
     QuantizerKind,
     SchedulerConfig,
     SchedulerKind,
+    Solver,
     TaskConfig,
     TaskKind,
     check,
@@ -36,7 +37,7 @@ def valid() -> Config:
             metrics=[Metric.rouge_l],
         ),
         scheduler=SchedulerConfig(name="static", kind=SchedulerKind.static),
-        quantizer=QuantizerConfig(name="q"),
+        quantizer=QuantizerConfig(name="q", kind=QuantizerKind.anyprec),
         budget=BudgetConfig(
             name="b",
             calibration_windows=1,
@@ -101,11 +102,26 @@ def test_impossible_values_are_refused_by_name(path, value, message):
         check(with_(path, value))
 
 
-def test_a_power_of_sensitivities_is_refused_where_there_are_none():
-    config = with_("quantizer.kind", QuantizerKind.joint)
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        (
+            QuantizerKind.joint,
+            "sensitivity_power",
+            0.75,
+            r"quantizer\.sensitivity_power=0\.75 .* 1\.0 with quantizer=joint",
+        ),
+        (QuantizerKind.joint, "solver", Solver.lloyd, r"quantizer\.solver=lloyd .* exact with quantizer=joint"),
+        (QuantizerKind.anyprec, "high_share", 0.5, r"quantizer\.high_share=0\.5 .* 0\.25 with quantizer=anyprec"),
+        (QuantizerKind.anyprec, "sweeps", 3, r"quantizer\.sweeps=3 .* quantizer=joint has it"),
+        (QuantizerKind.anyprec, "focus_bits", 3, r"quantizer\.focus_bits=3 .* quantizer=joint has it"),
+    ],
+)
+def test_an_option_of_the_other_quantiser_is_refused(kind, name, value, message):
+    config = with_("quantizer.kind", kind)
     check(config)
-    config.quantizer.sensitivity_power = 0.75
-    with pytest.raises(ConfigError, match=r"quantizer\.sensitivity_power=0\.75 .* 1 with quantizer=joint"):
+    setattr(config.quantizer, name, value)
+    with pytest.raises(ConfigError, match=message):
         check(config)
 
 

@@ -6,11 +6,17 @@ import dataclasses
 import itertools
 from typing import NoReturn
 
-from pmpd.config.schema import Config, Level, Metric, QuantizerKind, SchedulerKind, TaskKind
+from pmpd.config.schema import Config, Level, Metric, QuantizerConfig, QuantizerKind, SchedulerKind, TaskKind
 from pmpd.records import FP16_BITS, switch_grid
 
 UNIFORM = (SchedulerKind.fp16, SchedulerKind.high, SchedulerKind.low, SchedulerKind.uniform)
 """Kinds that run prefill and every decode step at one precision."""
+
+OWN_OPTIONS = {
+    QuantizerKind.anyprec: ("solver", "sensitivity_power"),
+    QuantizerKind.joint: ("focus_bits", "high_share", "sweeps", "outlier_share"),
+}
+"""Options of one quantiser that the other would ignore."""
 
 
 class ConfigError(ValueError):
@@ -93,14 +99,10 @@ def _check_quantizer(config: Config) -> None:
         _refuse("quantizer.group_size", quantizer.group_size, "null, or a multiple of 32")
     if not 0 <= quantizer.sensitivity_power <= 1:
         _refuse("quantizer.sensitivity_power", quantizer.sensitivity_power, "0 (all weights the same) to 1 (the paper)")
-    if quantizer.sensitivity_power != 1 and quantizer.kind is QuantizerKind.joint:
-        _refuse("quantizer.sensitivity_power", quantizer.sensitivity_power, "1 with quantizer=joint; anyprec has it")
     if not 0 < quantizer.high_share <= 1:
         _refuse("quantizer.high_share", quantizer.high_share, "more than 0, at most 1")
     if not quantizer.damping > 0:
         _refuse("quantizer.damping", quantizer.damping, "more than 0: a second moment may be rank-deficient")
-    if quantizer.outlier_share and quantizer.kind is not QuantizerKind.joint:
-        _refuse("quantizer.outlier_share", quantizer.outlier_share, "0 with quantizer=anyprec; quantizer=joint has it")
     if not 0 <= quantizer.outlier_share <= 0.1:
         _refuse("quantizer.outlier_share", quantizer.outlier_share, "0 to 0.1")
     if not quantizer.tuning_rate > 0:
@@ -110,6 +112,14 @@ def _check_quantizer(config: Config) -> None:
     for name in ("refits", "sweeps", "tuning_steps"):
         if getattr(quantizer, name) < 0:
             _refuse(f"quantizer.{name}", getattr(quantizer, name), "0 or more")
+    defaults = QuantizerConfig()
+    for kind, names in OWN_OPTIONS.items():
+        for name in names:
+            value, default = getattr(quantizer, name), getattr(defaults, name)
+            if quantizer.kind is not kind and value != default:
+                allowed = getattr(default, "value", default)
+                other = f"{allowed} with quantizer={quantizer.kind.value}; quantizer={kind.value} has it"
+                _refuse(f"quantizer.{name}", getattr(value, "value", value), other)
 
 
 def _check_precisions(config: Config) -> None:
