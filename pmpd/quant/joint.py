@@ -12,8 +12,8 @@ start, those above ``focus_bits`` counting less. From exact k-means on, the colu
 2. each precision's tables are *refitted* to their labels (conjugate gradients on the normal equations);
 3. the codes *descend*, a column at a time with everything else fixed, and tables are refitted again.
 
-Steps 2 and 3 never raise the loss. All rows of a layer move together, on the device of the tensors, in float32; on a
-GPU products round their inputs to TF32, as all of them have errors, and no weights, as a factor.
+Steps 2 and 3 never raise the loss. All rows of a layer move together, on the device of the tensors, in float32; where
+there is TF32 (GPUs), products round their inputs to it, as all of them have errors, and no weights, as a factor.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ def quantize_jointly(
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Within it float32 products may round their inputs to TF32 (10 bits) on a GPU: for errors and gradients."""
+    """Within it float32 products may round their inputs to TF32 (10 bits): for errors and gradients.
+
+    GPUs do; of CPUs those on which oneDNN has it (AMX-FP16).
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
