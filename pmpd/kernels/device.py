@@ -9,8 +9,9 @@ word t of rows g and g + 8), and the lanes' words follow each other, so that a w
 unit of fewer columns has no words for the lanes without columns. Rows are padded to a multiple of 16.
 
 Bits. Column ``8 * p + n`` of a word (p < 4, n < 8) lies in nibble n: its 2-bit field (plane 0 the upper bit) in word
-``p // 2`` at bit ``4 * n + 2 * (p % 2)``, its bit of plane 2 at ``4 * n + (2, 3, 1, 0)[p]``, of higher planes at
-``4 * n + 3 - p``. So one shift brings eight weights' bits to the same place of eight nibbles: a selector of ``prmt``.
+``p // 2`` at bit ``4 * n + 2 * (p % 2)``, its bit of a higher plane at ``4 * n + (0, 2, 1, 3)[p]``. So one shift brings
+eight weights' bits to the same place of eight nibbles, a selector of ``prmt``; and the even, or odd, bits of the two
+words of pairs make a word of plane 1, or 0, in the order of the higher planes.
 
 Tables. Entry i belongs to the code whose planes 0 and 1 are bits 1 and 0 of i, and whose plane k > 1 is bit k. Values
 are 16-bit integers (14-bit at 4 and 5 bits) of a row's own scale and offset, ``value = scale * integer + offset``:
@@ -38,7 +39,8 @@ REGISTER_BITS = 5
 """Precisions up to this one keep high and low digits apart."""
 EIGHT_ENTRIES_BITS = 3
 """Above it, a table in registers is several of eight entries, and digits have seven bits."""
-THIRD_PLANE_BIT = (2, 3, 1, 0)
+PLANE_BIT = (0, 2, 1, 3)
+"""Of a column of each part p, in its nibble of a word of a plane above the first two."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +127,8 @@ def _pack(planes: Tensor) -> Tensor:
     pairs = [_merge([(bytes_of[0][p], 2 * (p % 2) + 1) for p in half] + [(bytes_of[1][p], 2 * (p % 2)) for p in half])
              for half in ((0, 1), (2, 3))]  # fmt: skip
     parts = [_lane_order(torch.stack(pairs, dim=-1))]
-    for number, plane in enumerate(bytes_of[2:], start=2):
-        shifts = THIRD_PLANE_BIT if number == 2 else (3, 2, 1, 0)
-        parts.append(_lane_order(_merge(list(zip(plane, shifts, strict=True)))[..., None]))
+    for plane in bytes_of[2:]:
+        parts.append(_lane_order(_merge(list(zip(plane, PLANE_BIT, strict=True)))[..., None]))
     return torch.cat(parts)
 
 

@@ -13,7 +13,9 @@ from pmpd.kernels.device import MIN_BITS, REGISTER_BITS, TILE
 STEP = 256
 """Columns that a warp copies at once."""
 STEPS_IN_REGISTERS = 2
-"""Steps of x that a warp keeps there."""
+"""Steps of x that a warp has there at once."""
+STEPS_BESIDE_PLANES = 6
+"""The same where no tables wait in registers."""
 DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
@@ -42,6 +44,7 @@ class Launch:
     alone: let no two blocks of such kernels share a processor.
     blocks: 0 for one a processor.
     rows: of x at a time.
+    planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
     """
 
     splits: int
@@ -52,6 +55,7 @@ class Launch:
     alone: bool = False
     blocks: int = 0
     rows: int = MAX_ROWS
+    planes: bool = False
 
     @property
     def threads(self) -> int:
@@ -62,9 +66,11 @@ class Launch:
         """Rows of x that the kernel is compiled for: 1, 2, 4 or 8."""
         return 1 << (self.rows - 1).bit_length()
 
-    def once(self, in_features: int) -> bool:
-        """Whether a warp keeps its columns of x in registers between the two looks that it takes."""
-        return in_features <= STEPS_IN_REGISTERS * self.splits * STEP
+    def chunk(self, in_features: int) -> tuple[int, bool]:
+        """Steps of x that a warp has in registers at once, and whether those are all that it has."""
+        most = STEPS_BESIDE_PLANES if self.planes and self.rows == 1 else STEPS_IN_REGISTERS
+        own = _up(_up(in_features, STEP), self.splits)
+        return min(own, most), own <= most
 
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
         """Dynamic shared memory of a block: rings of weights, digits of x, partial sums, scales and tables."""
@@ -72,7 +78,7 @@ class Launch:
         ring = self.splits * self.teams * self.stages * TILE * STEP * bits // 8
         digits = self.capacity * DIGITS * (_up(in_features, STEP) * STEP + 16)
         partial = tiles * self.splits * self.capacity * TILE * 4
-        tables = TILE * (2 << bits) if groups == 1 else 0
+        tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
         return ring + digits + partial + tiles * (TILE * 8 + tables)
 
 

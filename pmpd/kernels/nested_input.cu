@@ -10,8 +10,7 @@ __device__ __forceinline__ float element(const uint4& raw, int i) {
     u32 word = i < 2 ? raw.x : i < 4 ? raw.y : i < 6 ? raw.z : raw.w;
     return to_float(u16(i & 1 ? word >> 16 : word));
 }
-constexpr int CHUNK = 2;  // steps of x in registers at once
-struct Raw {              // eight inputs of each
+struct Raw {  // eight inputs of each of CHUNK steps
     uint4 x[CHUNK];
 };
 __device__ __forceinline__ uint4 load8(const u16* p, bool there) {
@@ -50,16 +49,11 @@ struct Staged {  // of each row of x and each warp's columns
     float squares[ROWS][MAX_THREADS / 32];
 };
 
-// 1.5 * 2^23 + 0x8080: adding it leaves the rounded integer in the low 16 bits, its two base-256 digits 128 too large.
-constexpr float ROUNDER = 12582912.0f + 32896.0f;
-constexpr float LARGEST_INTEGER = 32600.0f;
-
 // A split's columns of x (steps split, split + splits, ...) as balanced base-256 digits of integers, the largest of which is
-// LARGEST_INTEGER: digits[(m * DIGITS + d) * stride + column]; `digits` is at this lane's first column. Not finite x makes
-// outputs not finite. Teams share the rows.
+// LARGEST_INTEGER, where the method wants them. Not finite x makes outputs not finite. Teams share the rows.
 template <typename F>
-__device__ __forceinline__ void stage(u8* digits, int stride, Staged& s, const Input& in, int split, int splits, int team,
-                                      int teams, int lane, F&& once_loads_are_out) {
+__device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const Input& in, int split, int splits, int team, int teams,
+                                      int lane, F&& once_loads_are_out) {
     const int hop = splits * STEP, padded = in.left + 8 * lane;  // from the step's first column
     Raw next;
     if (ROWS == 1) fetch(next, in, 0, 0, hop);
@@ -93,22 +87,10 @@ __device__ __forceinline__ void stage(u8* digits, int stride, Staged& s, const I
             #pragma unroll
             for (int c = 0; c < CHUNK; c++) {
                 if (ahead + c * hop >= padded) continue;
-                u32 byte[DIGITS][2];
+                u32 n[8];
                 #pragma unroll
-                for (int q = 0; q < 2; q++) {
-                    u32 n[4];
-                    #pragma unroll
-                    for (int i = 0; i < 4; i++) n[i] = __float_as_uint(fmaf(v[c][4 * q + i], inverse, ROUNDER));
-                    u32 a = permute(n[0], n[1], 0x5140u), b = permute(n[2], n[3], 0x5140u);
-                    byte[0][q] = permute(a, b, 0x5410u) ^ 0x80808080u;
-                    byte[1][q] = permute(a, b, 0x7632u) ^ 0x80808080u;
-                    #pragma unroll
-                    for (int d = 0; d < DIGITS; d++) sums[d] = __dp4a(int(byte[d][q]), 0x01010101, sums[d]);
-                }
-                #pragma unroll
-                for (int d = 0; d < DIGITS; d++)
-                    *reinterpret_cast<uint2*>(digits + (m * DIGITS + d) * stride + ahead + c * hop) =
-                        make_uint2(byte[d][0], byte[d][1]);
+                for (int i = 0; i < 8; i++) n[i] = __float_as_uint(fmaf(v[c][i], inverse, ROUNDER));
+                out.put(m, ahead + c * hop, n, sums);
             }
         };
         if (ONCE) {

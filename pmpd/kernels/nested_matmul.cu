@@ -9,27 +9,22 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
               int group_size, int groups, int splits, int early, int late) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ Staged staged;
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps = blockDim.x >> 5;
     const int split = warp % splits, team = warp / splits, teams = warps / splits;
-    const int steps = (in_features + STEP - 1) / STEP, tiles = (out_features + TILE - 1) / TILE, stride = steps * STEP + 16;
+    const int steps = (in_features + STEP - 1) / STEP, tiles = (out_features + TILE - 1) / TILE, pitch = steps * STEP + 16;
     const int first_tile = u32(blockIdx.x) * u32(tiles) / gridDim.x;
     const int my_tiles = (u32(blockIdx.x) + 1) * u32(tiles) / gridDim.x - first_tile;
     u8* ring = shared + warp * (STAGES * STEP_BYTES);
     u8* const ring_end = ring + STAGES * STEP_BYTES;
-    u8* digits = shared + warps * (STAGES * STEP_BYTES);
-    float* partial = reinterpret_cast<float*>(digits + ROWS * DIGITS * stride);  // [tile][split][ROWS][TILE]
+    u8* columns = shared + warps * (STAGES * STEP_BYTES);
+    float* partial = reinterpret_cast<float*>(columns + ROWS * DIGITS * pitch);  // [tile][split][ROWS][TILE]
     float2* block_scales = reinterpret_cast<float2*>(partial + ((tiles - 1) / gridDim.x + 1) * splits * ROWS * TILE);
     u8* block_tables = reinterpret_cast<u8*>(block_scales + ((tiles - 1) / gridDim.x + 1) * TILE);
 
     // Weights do not depend on earlier kernels: ask for them before waiting for those.
-    const u8* bytes = reinterpret_cast<const u8*>(scales + first_tile * TILE);
-    for (int i = threadIdx.x * 16; i < my_tiles * TILE * 8; i += blockDim.x * 16)
-        copy16(reinterpret_cast<u8*>(block_scales) + i, bytes + i);
-    bytes = tables + size_t(first_tile) * TILE * TABLE_BYTES;
-    if (!GROUPED)
-        for (int i = threadIdx.x * 16; i < my_tiles * TILE * TABLE_BYTES; i += blockDim.x * 16)
-            copy16(block_tables + i, bytes + i);
+    copy_tables(block_tables, block_scales, tables + size_t(first_tile) * TILE * TABLE_BYTES, scales + first_tile * TILE,
+                my_tiles * TILE);
     commit_copies();
 
     const Weight weight = {packed, tables, tiles, in_features, group_size, groups};
@@ -55,8 +50,8 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     for (int i = 0; i < early; i++) load_next();
     const int column = split * STEP + 8 * lane;
     Input input = {x + column, norm_weight + column, rows, in_features, in_features - column};
-    u8* my_column = digits + column;
-    asm volatile("" : "+l"(input.x), "+r"(input.left), "+l"(my_column));  // computed now, not after the wait
+    ColumnsOut columns_out(columns, pitch, split, lane);
+    asm volatile("" : "+l"(input.x), "+r"(input.left), "+l"(columns_out.mine));  // computed now, not after the wait
 #if NORM
     if (team == 0 && lane % 8 == 0)
         for (int k = split * STEP + 8 * lane; k < in_features; k += splits * STEP)
@@ -67,7 +62,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
     if (my_tiles == 0) return;
-    stage(my_column, stride, staged, input, split, splits, team, teams, lane, [&] {
+    stage(columns_out, staged, input, split, splits, team, teams, lane, [&] {
         #pragma unroll 1
         for (int i = early; i < STAGES; i++) load_next();
     });
@@ -75,69 +70,27 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     if (late) asm volatile("griddepcontrol.launch_dependents;");
 #endif
     wait_copies<STAGES>();
-    __syncthreads();  // tables and digits are there
+    prepare_tables(block_tables, block_scales, my_tiles * TILE);
+    __syncthreads();  // tables and columns are there
 
-    const u8* my_digits[NT];  // the row of digits that this lane feeds to column g of each mma
-    #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        int column = (n * 8 + g) % (ROWS * DIGITS);  // m * DIGITS + d; spare columns of the mma repeat others
-        my_digits[n] = digits + column * stride + 32 * t;
-    }
+    const ColumnsIn columns_in(columns, pitch, lane);
     const u8* slot = ring;
     #pragma unroll 1
     for (int tile = team; tile < my_tiles; tile += teams) {
-        Table table;
-        const u8* memory = block_tables + tile * TILE * TABLE_BYTES;
-        if (REGISTER_TABLE && !GROUPED) load_table(table, memory, g);
-        int high[NT][4] = {}, low[NT][4] = {};
+        const u8* tile_tables = block_tables + tile * TILE * SHARED_TABLE_BYTES;
+        Sums sums(tile_tables, lane >> 2);
         #pragma unroll 1
         for (int step = split; step < steps; step += splits) {
             wait_copies<STAGES - 1>();
             __syncwarp();
-            #pragma unroll
-            for (int u = 0; u < 2; u++) {
-                const Unit now = read_unit(slot, u, lane);
-                if (u == 1) {
-                    slot = slot + STEP_BYTES == ring_end ? ring : slot + STEP_BYTES;
-                    __syncwarp();
-                    load_next();
-                }
-                if (GROUPED) memory = group_tables(weight, first_tile + tile, 2 * step + u, t);
-                if (REGISTER_TABLE && GROUPED) load_table(table, memory, g);
-                #pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    uint4 b[NT];
-                    #pragma unroll
-                    for (int n = 0; n < NT; n++)
-                        b[n] = *reinterpret_cast<const uint4*>(my_digits[n] + step * STEP + u * UNIT + 16 * pair);
-                    #pragma unroll
-                    for (int k = 0; k < 2; k++) {
-                        Digits r0 = lookup(now, table, memory + g * TABLE_BYTES, 0, 2 * pair + k);
-                        Digits r1 = lookup(now, table, memory + (g + 8) * TABLE_BYTES, 1, 2 * pair + k);
-                        #pragma unroll
-                        for (int n = 0; n < NT; n++) {
-                            u32 b0 = k ? b[n].z : b[n].x, b1 = k ? b[n].w : b[n].y;
-                            #pragma unroll
-                            for (int e = 0; e < EIGHTHS; e++) {  // all but one are zero: adding them is cheaper than blending
-                                mma(high[n], r0.high[e][0], r1.high[e][0], r0.high[e][1], r1.high[e][1], b0, b1);
-                                mma(low[n], r0.low[e][0], r1.low[e][0], r0.low[e][1], r1.low[e][1], b0, b1);
-                            }
-                        }
-                    }
-                }
-            }
+            sums.add(slot, columns_in, step, weight, first_tile + tile, lane, [&] {
+                slot = slot + STEP_BYTES == ring_end ? ring : slot + STEP_BYTES;
+                __syncwarp();
+                load_next();
+            });
         }
         float* mine = partial + (tile * splits + split) * ROWS * TILE;
-        #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float even = float(BASE) * float(high[n][2 * half]) + float(low[n][2 * half]);
-                float odd = float(BASE) * float(high[n][2 * half + 1]) + float(low[n][2 * half + 1]);
-                int m = n * 4 + t;
-                if (m < ROWS) mine[m * TILE + g + 8 * half] = staged.step[m][split] * (even + 256.0f * odd);
-            }
-        }
+        sums.finish(tile_tables, lane, [&](int m, int r, float product) { mine[m * TILE + r] = staged.step[m][split] * product; });
     }
     __syncthreads();
 
@@ -177,49 +130,5 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         const size_t at = size_t(m) * (out_features / PARTS) + (first_tile + local) * OUTPUTS + r;
         if (residual) value[0] += to_float(residual[at]);
         out[at] = from_float(value[0]);
-    }
-}
-
-// Half-precision tiles for the tensor cores: rows first_row .. of the weight into out [rows, in_features]. One warp a unit.
-extern "C" __global__ void dequantize(const u32* packed, const u8* tables, const float2* scales, u16* out,
-                                      int out_features, int in_features, int group_size, int groups, int first_tile,
-                                      int last_row) {
-    const Weight weight = {packed, tables, (out_features + TILE - 1) / TILE, in_features, group_size, groups};
-    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const int unit = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), tile = first_tile + blockIdx.y;
-    if (unit * UNIT + 32 * t >= in_features) return;
-    const int slot = g * owners(in_features, unit) + t;
-    const size_t plane_words = size_t(weight.tiles) * in_features / 2;
-    Unit now;
-    now.pairs = *reinterpret_cast<const uint4*>(packed + size_t(tile) * in_features + unit * UNIT + slot * 4);
-    #pragma unroll
-    for (int j = 0; j < PLANES; j++)
-        now.plane[j] = *reinterpret_cast<const uint2*>(packed + (2 + j) * plane_words + size_t(tile) * (in_features / 2) +
-                                                       unit * (UNIT / 2) + slot * 2);
-    Table table;
-    const u8* memory = group_tables(weight, tile, unit, t);
-    if (REGISTER_TABLE) load_table(table, memory, g);
-    #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int row = tile * TILE + g + 8 * half;
-        if (row >= last_row) continue;
-        float2 scale = scales[row];
-        u16* line = out + size_t(row - first_tile * TILE) * in_features + unit * UNIT + 32 * t;
-        #pragma unroll
-        for (int part = 0; part < 4; part++) {
-            Digits d = lookup(now, table, memory + (g + 8 * half) * TABLE_BYTES, half, part);
-            u32 words[4];
-            #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                u32 h = 0, l = 0;
-                #pragma unroll
-                for (int e = 0; e < EIGHTHS; e++) h |= d.high[e][i / 4], l |= d.low[e][i / 4];
-                int shift = 8 * (i % 4);
-                float value = scale.x * float(((h >> shift) & 0xffu) * BASE + ((l >> shift) & 0xffu)) + scale.y;
-                u32 bits = from_float(value);
-                words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
-            }
-            *reinterpret_cast<uint4*>(line + 8 * part) = make_uint4(words[0], words[1], words[2], words[3]);
-        }
     }
 }

@@ -1,10 +1,11 @@
-// A nested weight: copied into shared memory, its tables looked up eight weights at a time. Followed by nested_input.cu and
-// nested_matmul.cu, which are one program with this. device.py explains the storage, cuda.py the design.
+// A nested weight, copied into shared memory. First part of a program whose method of multiplying is nested_lookup.cu or
+// nested_planes.cu, followed by nested_input.cu and nested_matmul.cu. device.py explains the storage, cuda.py the design.
 //
 // Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; NORM 0 or 1 (RMSNorm of
 // x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is silu(gate) * up); GROUPED 0 or 1 (a table
 // for each group_size columns, else for each row); STAGES steps of weights that a warp has under way; RAGGED 0 or 1
-// (columns that STEP does not divide); ONCE 1 or 0 (a warp's columns of x stay in registers). Short kernels wait for their own instructions, so what a shape does not need is left out.
+// (columns that STEP does not divide); CHUNK steps of x that a warp has in registers at once, which are all of its own if
+// ONCE is 1; MAX_THREADS of a block. Short kernels wait for their own instructions, so what a shape does not need is left out.
 // Nothing is included: NVRTC comes without CUDA's headers.
 
 typedef unsigned int u32;
@@ -18,14 +19,9 @@ constexpr int PLANES = BITS - 2;  // stored one by one; the first two are stored
 constexpr int PAIR_BYTES = TILE * STEP / 4;
 constexpr int PLANE_BYTES = TILE * STEP / 8;
 constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
-constexpr int DIGITS = 2;                    // of an input: columns of the mma
-constexpr int NT = (ROWS * DIGITS + 7) / 8;  // mma of 8 columns
-constexpr bool REGISTER_TABLE = BITS <= 5;
-constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
-constexpr int BASE = EIGHTHS > 1 ? 128 : 256;                              // of a table's digits
+constexpr int DIGITS = 2;  // of an input
+constexpr int BASE = BITS == 4 || BITS == 5 ? 128 : 256;  // of a table's digits
 constexpr int TABLE_BYTES = 2 << BITS;  // of a row (and group)
-constexpr int MAX_THREADS = 512;
-constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
 
 __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
     u32 d;
@@ -53,11 +49,6 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {  // until at most so many groups are under way
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-__device__ __forceinline__ void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 __device__ __forceinline__ float to_float(u16 h) {
 #if BFLOAT
@@ -88,23 +79,6 @@ struct Unit {  // one lane's 32 columns of rows g and g + 8
     uint4 pairs;
     uint2 plane[PLANES > 0 ? PLANES : 1];
 };
-typedef u32 Table[2][TABLE_BYTES / 4];  // of rows g and g + 8
-
-__device__ __forceinline__ void load_table(Table& table, const u8* rows, int g) {
-    #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        #pragma unroll
-        for (int i = 0; i < TABLE_BYTES / 4; i += 2) {
-            uint2 pair = *reinterpret_cast<const uint2*>(rows + (g + 8 * half) * TABLE_BYTES + 4 * i);
-            table[half][i] = pair.x;
-            table[half][i + 1] = pair.y;
-        }
-    }
-}
-__device__ __forceinline__ const u8* group_tables(const Weight& w, int tile, int unit, int t) {
-    int group = GROUPED ? min(unit * UNIT + 32 * t, w.in_features - 32) / w.group_size : 0;
-    return w.tables + size_t(tile * w.groups + group) * (TILE * TABLE_BYTES);
-}
 // Lanes of a quad that have columns in this unit.
 __device__ __forceinline__ int owners(int in_features, int unit) { return max(0, min(4, in_features / 32 - unit * 4)); }
 
@@ -144,79 +118,15 @@ __device__ __forceinline__ Unit read_unit(const u8* from, int u, int lane) {
     return x;
 }
 
-// Eight weights of row g + 8 * half: columns 8 * part .. of the lane's 32. Nibble n of the selector is column 8 * part + n.
-__device__ __forceinline__ u32 low_planes(const Unit& x, int half, int part) {
-    u32 word = half ? (part < 2 ? x.pairs.z : x.pairs.w) : (part < 2 ? x.pairs.x : x.pairs.y);
-    return part & 1 ? word >> 2 : word;
-}
-__device__ __forceinline__ u32 plane_word(const Unit& x, int j, int half) { return half ? x.plane[j].y : x.plane[j].x; }
-__device__ __forceinline__ u32 third_plane(const Unit& x, int half, int part) {  // at bit 2 of each nibble
-    u32 word = plane_word(x, 0, half);
-    return part == 0 ? word : part == 1 ? word >> 1 : part == 2 ? word << 1 : word << 2;
-}
-__device__ __forceinline__ u32 upper_plane(const Unit& x, int j, int half, int part) {  // at bit 3 of each nibble
-    return plane_word(x, j, half) << part;
-}
+// 1.5 * 2^23 + 0x8080: adding it leaves the rounded integer in the low 16 bits, its two base-256 digits 128 too large.
+constexpr float ROUNDER = 12582912.0f + 32896.0f;
+constexpr float LARGEST_INTEGER = 32600.0f;
 
-struct Digits {  // high and low digits of eight weights, one byte each; of several tables all but one yield zeros
-    u32 high[EIGHTHS][2], low[EIGHTHS][2];
-};
-
-__device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, const u8* memory, int half, int part) {
-    Digits d;
-    const u32* row = table[half];
-#if BITS == 2
-    u32 s = low_planes(x, half, part) & 0x33333333u;
+// Low and high digits (signed bytes) of four such integers, and their sums added to `sums`.
+__device__ __forceinline__ void four_digits(u32 (&byte)[DIGITS], u32 n0, u32 n1, u32 n2, u32 n3, int (&sums)[DIGITS]) {
+    u32 a = permute(n0, n1, 0x5140u), b = permute(n2, n3, 0x5140u);
+    byte[0] = permute(a, b, 0x5410u) ^ 0x80808080u;
+    byte[1] = permute(a, b, 0x7632u) ^ 0x80808080u;
     #pragma unroll
-    for (int k = 0; k < 2; k++, s >>= 16) {
-        d.high[0][k] = permute(row[0], row[0], s);
-        d.low[0][k] = permute(row[1], row[1], s);
-    }
-#elif BITS == 3
-    u32 s = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u) & 0x77777777u;
-    #pragma unroll
-    for (int k = 0; k < 2; k++, s >>= 16) {
-        d.high[0][k] = permute(row[0], row[1], s);
-        d.low[0][k] = permute(row[2], row[3], s);
-    }
-#elif BITS <= 5
-    // A selector's bit 3 replicates the sign of the byte: digits have 7 bits, so it yields zero. It is set in the tables
-    // of eight that an entry is not in.
-    u32 three = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u);
-    u32 fourth = upper_plane(x, 1, half, part);
-#if BITS == 5
-    u32 fifth = upper_plane(x, 2, half, part);
-#endif
-    #pragma unroll
-    for (int e = 0; e < EIGHTHS; e++) {
-#if BITS == 5
-        u32 elsewhere = (e & 1 ? ~fourth : fourth) | (e & 2 ? ~fifth : fifth);
-        u32 s = pick(three, elsewhere, 0x77777777u);
-#else
-        u32 s = e ? pick_inverted(three, fourth, 0x77777777u) : pick(three, fourth, 0x77777777u);
-#endif
-        #pragma unroll
-        for (int k = 0; k < 2; k++, s >>= 16) {
-            d.high[e][k] = permute(row[2 * e], row[2 * e + 1], s);
-            d.low[e][k] = permute(row[2 * EIGHTHS + 2 * e], row[2 * EIGHTHS + 2 * e + 1], s);
-        }
-    }
-#else
-    u32 three = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u);
-    u32 nibble = pick(three, upper_plane(x, 1, half, part), 0x77777777u), upper = 0;
-    #pragma unroll
-    for (int j = 2; j < PLANES; j++) upper |= (upper_plane(x, j, half, part) & 0x88888888u) >> (5 - j);
-    u32 even = pick(nibble, upper << 4, 0x0f0f0f0fu), odd = pick(nibble >> 4, upper, 0x0f0f0f0fu);
-    const u16* entries = reinterpret_cast<const u16*>(memory);
-    #pragma unroll
-    for (int k = 0; k < 2; k++, even >>= 16, odd >>= 16) {
-        u32 w0 = entries[even & 0xffu], w1 = entries[odd & 0xffu];
-        u32 w2 = entries[(even >> 8) & 0xffu], w3 = entries[(odd >> 8) & 0xffu];
-        u32 a = permute(w0, w1, 0x5140u), b = permute(w2, w3, 0x5140u);
-        d.low[0][k] = permute(a, b, 0x5410u);
-        d.high[0][k] = permute(a, b, 0x7632u);
-    }
-#endif
-    return d;
+    for (int d = 0; d < DIGITS; d++) sums[d] = __dp4a(int(byte[d]), 0x01010101, sums[d]);
 }
-

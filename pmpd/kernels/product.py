@@ -18,8 +18,10 @@ from pmpd.kernels.errors import CudaUnavailableError
 from pmpd.kernels.launch import MAX_ROWS, Launch
 
 MIN_CAPABILITY = (8, 0)
-SOURCES = ("nested_weight.cu", "nested_input.cu", "nested_matmul.cu")
-"""One program in this order."""
+LOOKUP = ("nested_weight.cu", "nested_lookup.cu", "nested_input.cu", "nested_matmul.cu", "nested_decode.cu")
+"""One program in this order: products by look-up, and the weight decoded."""
+PLANES = ("nested_weight.cu", "nested_planes.cu", "nested_input.cu", "nested_matmul.cu")
+"""Products by bit planes."""
 DECODE_WARPS = 4
 
 
@@ -70,18 +72,22 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
     rows = min(x.shape[0], MAX_ROWS)
     plan = plan or _plan(weight, fused, rows, gpu.processors)
     plan = launch.fit(plan, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
-    module = _module(
-        gpu.capability,
+    chunk, once = plan.chunk(weight.in_features)
+    variant = Variant(
         weight.bits,
         plan.capacity,
         x.dtype,
-        fused.norm_weight is not None,
-        fused.gated,
-        weight.groups > 1,
-        plan.stages,
-        weight.in_features % launch.STEP != 0,
-        plan.once(weight.in_features),
+        norm=fused.norm_weight is not None,
+        gated=fused.gated,
+        grouped=weight.groups > 1,
+        stages=plan.stages,
+        ragged=weight.in_features % launch.STEP != 0,
+        chunk=chunk,
+        once=once,
+        max_threads=256 if plan.planes and plan.threads <= 256 else 512,
+        planes=plan.planes,
     )
+    module = _module(gpu.capability, variant)
     module["nested_matmul"](
         (plan.blocks,),
         (plan.threads,),
@@ -126,8 +132,8 @@ def decode(weight: Operand, first_row: int, out: Tensor) -> None:
     rows, in_features = out.shape
     with torch.cuda.device(out.device):
         ragged = in_features % launch.STEP != 0
-        capability = describe(out.device.index).capability
-        module = _module(capability, weight.bits, 1, out.dtype, False, False, weight.groups > 1, 1, ragged, True)
+        variant = Variant(weight.bits, 1, out.dtype, grouped=weight.groups > 1, ragged=ragged)
+        module = _module(describe(out.device.index).capability, variant)
         module["dequantize"](
             (-(-in_features // (DECODE_WARPS * UNIT)), -(-rows // TILE)),
             (32 * DECODE_WARPS,),
@@ -175,34 +181,48 @@ def describe(index: int) -> Gpu:
     return Gpu(capability, properties.multi_processor_count, shared_bytes)
 
 
-def source() -> str:
-    """The program, CUDA C++."""
-    return "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in SOURCES)
+def source(names: tuple[str, ...] = LOOKUP) -> str:
+    """A program, CUDA C++."""
+    return "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in names)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a program is compiled for, as ``nested_weight.cu`` says; ``planes``: which method."""
+
+    bits: int
+    rows: int
+    dtype: torch.dtype
+    norm: bool = False
+    gated: bool = False
+    grouped: bool = False
+    stages: int = 1
+    ragged: bool = False
+    chunk: int = 1
+    once: bool = True
+    max_threads: int = 512
+    planes: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        """For the compiler."""
+        choices = {
+            "BITS": self.bits,
+            "ROWS": self.rows,
+            "BFLOAT": self.dtype == torch.bfloat16,
+            "NORM": self.norm,
+            "GATED": self.gated,
+            "GROUPED": self.grouped,
+            "STAGES": self.stages,
+            "RAGGED": self.ragged,
+            "CHUNK": self.chunk,
+            "ONCE": self.once,
+            "MAX_THREADS": self.max_threads,
+        }
+        return [f"-D{name}={int(value)}" for name, value in choices.items()]
 
 
 @functools.cache
-def _module(
-    capability: tuple[int, int],
-    bits: int,
-    rows: int,
-    dtype: torch.dtype,
-    norm: bool,
-    gated: bool,
-    grouped: bool,
-    stages: int,
-    ragged: bool,
-    once: bool,
-) -> nvrtc.Module:
+def _module(capability: tuple[int, int], variant: Variant) -> nvrtc.Module:
     """For the current device, whose ``capability`` is part of the cache's key."""
-    choices = {
-        "BITS": bits,
-        "ROWS": rows,
-        "BFLOAT": dtype == torch.bfloat16,
-        "NORM": norm,
-        "GATED": gated,
-        "GROUPED": grouped,
-        "STAGES": stages,
-        "RAGGED": ragged,
-        "ONCE": once,
-    }
-    return nvrtc.compile(source(), [f"-D{name}={int(value)}" for name, value in choices.items()])
+    return nvrtc.compile(source(PLANES if variant.planes else LOOKUP), variant.options)

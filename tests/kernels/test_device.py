@@ -25,7 +25,7 @@ def read(weight: device.DeviceWeight, bits: int) -> tuple[np.ndarray, set[int]]:
                 start = tiles * in_features + (plane - 2) * tiles * in_features // 2
                 word = start + tile * in_features // 2 + 64 * unit + 2 * slot + half
                 touched.add(word)
-                bit = (2, 3, 1, 0)[p] if plane == 2 else 3 - p
+                bit = (0, 2, 1, 3)[p]
                 index |= ((int(packed[word]) >> (4 * n + bit)) & 1) << plane
             entries = tables[tile, column // (weight.group_size or in_features), row % 16]
             high, low = (entries[index], entries[(1 << bits) + index]) if bits <= 5 else entries[2 * index :][1::-1]
