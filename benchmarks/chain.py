@@ -1,19 +1,17 @@
 """The blocks of a model in a chain on a GPU, without head and sampling: microseconds a block.
 
     python benchmarks/chain.py                        writes benchmarks/results/chain.csv
-    python benchmarks/chain.py --sweep                prints what each change of one product's launch does to the chain
 
 Products that are timed alone (``nested_matmul.py``) do not say how they do beside each other: a kernel starts while
-its predecessor ends, and which processors it finds free decides how long it takes. ``launch.choose_in_chain`` is read
-off this sweep. Weights are random, of the models' true shapes, different for every block; batch 1; medians over replays
-of one CUDA graph.
+its predecessor ends, and which processors it finds free decides how long it takes; ``launches.py --chain`` looks for
+launches that do well here. Weights are random, of the models' true shapes, different for every block; batch 1; medians
+over replays of one CUDA graph.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import itertools
 import statistics
 import sys
@@ -54,7 +52,9 @@ class Chain:
 
     def launches(self, bits: int) -> dict[str, Launch]:
         """Those that a model's step has."""
-        return {name: launch.choose_in_chain(*sizes, bits, self.processors) for name, sizes in self.shapes.items()}
+        return {
+            name: launch.choose(*sizes, bits, 1, self.processors, chain=True) for name, sizes in self.shapes.items()
+        }
 
     def run(self, bits: int, launches: dict[str, Launch]) -> None:
         """Queue all blocks, as :meth:`LlamaStep.run` does."""
@@ -91,28 +91,6 @@ def _layers(block: Any) -> dict[str, Any]:
     return {name: getattr(block, name) for name in PRODUCTS}
 
 
-def changes(plan: Launch, in_features: int) -> dict[str, Launch]:
-    """Launches that differ from ``plan`` in one choice."""
-    steps = -(-in_features // launch.STEP)
-    found = {f"late {not plan.late}": dataclasses.replace(plan, late=not plan.late)}
-    for stages, early in ((1, 1), (2, 1), (2, 2), (3, 1)):
-        found[f"stages {stages} early {early}"] = dataclasses.replace(plan, stages=stages, early=early)
-    for most, teams in ((4, 3), (4, 4), (8, 1), (8, 2), (11, 1), (16, 1)):
-        splits = -(-steps // -(-steps // most))
-        found[f"splits {splits} teams {teams}"] = dataclasses.replace(plan, splits=splits, teams=teams)
-    return {label: other for label, other in found.items() if other != plan}
-
-
-def sweep(chain: Chain, name: str, bits: int) -> None:
-    rule = chain.launches(bits)
-    sys.stdout.write(f"{name} {bits} bits: {statistics.median(chain.times_us(bits, rule)):.2f} us a block\n")
-    for part, plan in rule.items():
-        for label, other in changes(plan, chain.shapes[part][1]).items():
-            us = statistics.median(chain.times_us(bits, {**rule, part: other}))
-            sys.stdout.write(f"    {part:8} {label:22} {us:.2f}\n")
-    sys.stdout.flush()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -120,7 +98,6 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--commit", help="that this code is of; default: what git says")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--sweep", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("times are of a GPU, and PyTorch sees none")
@@ -130,9 +107,6 @@ def main() -> None:
     for name in args.models:
         chain = Chain(name, args.bits, args.context)
         for bits in args.bits:
-            if args.sweep:
-                sweep(chain, name, bits)
-                continue
             cuts = statistics.quantiles(chain.times_us(bits, chain.launches(bits)), n=10)
             rows.append(
                 {

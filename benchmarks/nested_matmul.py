@@ -3,7 +3,6 @@
     python benchmarks/nested_matmul.py                       writes benchmarks/results/nested_matmul.csv and .png
     python benchmarks/nested_matmul.py --providers pmpd cublas-fp16 --shapes 4096x4096
     python benchmarks/nested_matmul.py --figure              draws the figure from the CSV; needs no GPU
-    python benchmarks/nested_matmul.py --sweep               which launches are fast (pmpd/kernels/launch.py)
 
 Each time is of one CUDA graph that runs the operation over many weight buffers, so that nothing stays in the L2 cache,
 divided by the number of buffers; launch gaps inside the graph count. Median, 20th and 80th percentile of the replays.
@@ -20,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import importlib
-import itertools
 import math
 import statistics
 import subprocess
@@ -325,49 +322,15 @@ def draw(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
-def sweep(shapes: list[tuple[int, int]], bits: list[int], rows: list[int]) -> None:
-    """Print the fastest launches of each product, and where the one that is chosen stands."""
-    from pmpd.kernels import launch, product
-
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    for case in cases(shapes, bits, rows):
-        steps = -(-case.in_features // launch.STEP)
-        chosen = launch.choose(case.out_features, case.in_features, case.bits, case.m, processors)
-        plans = [chosen]
-        for splits in sorted({-(-steps // -(-steps // most)) for most in (4, 8, 11, 16)}):
-            for teams in (1, 2, 3, 4):
-                for queue in itertools.product(((1, 1), (2, 1), (2, 2), (3, 1)), (True, False), (True, False)):
-                    (stages, early), late, alone = queue
-                    if splits * teams <= launch.MAX_WARPS:
-                        plans.append(launch.Launch(splits, teams, stages, early, late, alone))
-        operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], case.x()
-        out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
-
-        def microseconds(plan: launch.Launch, operands: list[Any] = operands, x: Any = x, out: Any = out) -> float:
-            call = functools.partial(product.multiply, x, fused=product.Fused(), out=out, plan=plan)
-            return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands)))
-
-        timed = [(microseconds(plan), plan) for plan in plans]
-        print(case, f"chosen {timed[0][0]:.2f} us {chosen}")
-        for us, plan in sorted(timed, key=lambda pair: pair[0])[:4]:
-            print(f"    {us:.2f} us {plan}", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--shapes", nargs="+", default=[f"{out}x{into}" for out, into in SHAPES])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="of --sweep")
-    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4], help="of --sweep")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to record, where there is no repository")
-    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
     shapes = [(int(out), int(into)) for out, into in (shape.split("x") for shape in args.shapes)]
-    if args.sweep:
-        sweep(shapes, args.bits, args.rows)
-        return
     if not args.figure:
         git = ["git", "rev-parse", "--short", "HEAD"]
         commit = args.commit or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

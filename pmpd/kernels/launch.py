@@ -1,50 +1,52 @@
-"""How many blocks and warps a product with a nested weight gets, and what shared memory they need.
+"""How many blocks and warps a product with a nested weight gets, by which method, and what shared memory they need.
 
-A function of the shape alone, read off sweeps on an H100 (``benchmarks/nested_matmul.py --sweep``): nothing is tuned
+``launches.csv`` has what was fastest on an H100 for each of some shapes, precisions and numbers of rows, method by
+method (``benchmarks/launches.py`` measures it); another product gets the launch of the nearest shape. Nothing is tuned
 at a user's first call. It launches nothing.
 """
 
 from __future__ import annotations
 
+import csv
+import functools
+import math
 from dataclasses import dataclass, replace
+from importlib import resources
 
-from pmpd.kernels.device import MIN_BITS, REGISTER_BITS, TILE
+from pmpd.kernels.device import TILE
 
 STEP = 256
 """Columns that a warp copies at once."""
-STEPS_IN_REGISTERS = 2
-"""Steps of x that a warp has there at once."""
-STEPS_BESIDE_PLANES = 6
-"""The same where no tables wait in registers."""
+CHUNKS = (1, 2, 4, 6)
+"""Steps of x that a warp may have in registers at once."""
+MOST_CHUNK = 2
+"""Of these, where tables or further rows of x wait in registers too."""
 DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
 MAX_WARPS = 16
+PLANES_MAX_BITS = 4
+"""The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
 STATIC_SHARED_BYTES = 4096
 """At least what a block declares itself, and what the driver keeps of it."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory."""
-SHORT_STEPS = 8
-"""Steps of a row up to which a product is over before its launch is forgotten."""
-BUSY_BITS = 4
-"""From here on arithmetic takes longer than reading."""
-FULL = 0.88
-"""Share of a round of tiles from which all processors count as busy to the end."""
 
 
 @dataclass(frozen=True)
 class Launch:
     """Attributes:
     splits: warps that share a tile of 16 rows, each with its part of the columns.
-    teams: groups of ``splits`` warps, each with its own tiles of the block; they also share the rows of x.
+    teams: groups of ``splits`` warps, each with its own tiles; they also share the rows of x.
     stages: steps of weights that a warp has under way.
     early: of these, steps asked for before earlier kernels have ended.
     late: let the next kernel come only once x is here.
     alone: let no two blocks of such kernels share a processor.
+    planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
+    cluster: blocks that share tiles, each with a part of the ``splits``; each makes only its own columns of x ready.
     blocks: 0 for one a processor.
     rows: of x at a time.
-    planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
     """
 
     splits: int
@@ -53,13 +55,15 @@ class Launch:
     early: int = 2
     late: bool = True
     alone: bool = False
+    planes: bool = False
+    cluster: int = 1
     blocks: int = 0
     rows: int = MAX_ROWS
-    planes: bool = False
 
     @property
-    def threads(self) -> int:
-        return 32 * self.splits * self.teams
+    def warps(self) -> int:
+        """Of a block."""
+        return self.splits // self.cluster * self.teams
 
     @property
     def capacity(self) -> int:
@@ -68,18 +72,18 @@ class Launch:
 
     def chunk(self, in_features: int) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""
-        most = STEPS_BESIDE_PLANES if self.planes and self.rows == 1 else STEPS_IN_REGISTERS
+        most = max(CHUNKS) if self.planes and self.rows == 1 else MOST_CHUNK
         own = _up(_up(in_features, STEP), self.splits)
-        return min(own, most), own <= most
+        return next(chunk for chunk in CHUNKS if chunk >= min(own, most)), own <= most
 
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
-        """Dynamic shared memory of a block: rings of weights, digits of x, partial sums, scales and tables."""
-        tiles = _up(_up(out_features, TILE), self.blocks)
-        ring = self.splits * self.teams * self.stages * TILE * STEP * bits // 8
-        digits = self.capacity * DIGITS * (_up(in_features, STEP) * STEP + 16)
-        partial = tiles * self.splits * self.capacity * TILE * 4
+        """Dynamic shared memory of a block: rings of weights, columns of x, partial sums, scales and tables."""
+        tiles = _up(_up(out_features, TILE), self.blocks // self.cluster)
+        ring = self.warps * self.stages * TILE * STEP * bits // 8
+        columns = self.capacity * DIGITS * (_up(in_features, STEP) * STEP + 16)
+        partial = _up(tiles, self.cluster) * self.splits * self.capacity * TILE * 4
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
-        return ring + digits + partial + tiles * (TILE * 8 + tables)
+        return ring + columns + partial + tiles * (TILE * 8 + tables)
 
 
 def reserved_bytes(shared: int, *, alone: bool) -> int:
@@ -94,71 +98,100 @@ def reserved_bytes(shared: int, *, alone: bool) -> int:
     return half + 4096 if alone else half - 4096 - 2 * STATIC_SHARED_BYTES
 
 
-def choose(out_features: int, in_features: int, bits: int, rows: int, processors: int) -> Launch:
-    """The launch for a product, before :func:`fit`.
+def choose(
+    out_features: int,
+    in_features: int,
+    bits: int,
+    rows: int,
+    processors: int,
+    *,
+    chain: bool = False,
+    planes: bool = True,
+    clusters: bool = True,
+) -> Launch:
+    """The launch for a product, before :func:`fit`: what was fastest for the nearest shape that was measured.
 
-    There is one block a processor, and what decides is how many tiles that leaves a block. With one, blocks of the next
-    kernel must not gather on one processor; with more, they fill the gaps that this one leaves.
+    Args:
+        chain: whether kernels before and after take turns (:func:`reserved_bytes`), as in a model's step.
+        planes: whether the GPU and the weight can do with bit planes.
+        clusters: whether the GPU has clusters of blocks.
     """
-    steps, round_of_tiles, full = _shape(out_features, in_features, processors)
-    if rows > 1:
-        return _several_rows(steps, round_of_tiles, full, bits, rows)
-    if round_of_tiles == 1:
-        if bits < BUSY_BITS and steps <= SHORT_STEPS:
-            return Launch(_even(steps, 4), 1, 2, 1, True)
-        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, True, True)
-    stages = 3 if steps <= SHORT_STEPS else 2
-    if bits == REGISTER_BITS:  # few registers are left for what is under way
-        stages -= 1
-    if round_of_tiles == 2 and steps > MAX_WARPS:
-        most = 11 if full and bits == MIN_BITS else MAX_WARPS
-        return Launch(_even(steps, most), 1, stages, stages, full)
-    splits = _even(steps, MAX_WARPS // 2 if steps > SHORT_STEPS else 4)
-    short = steps <= SHORT_STEPS or round_of_tiles == 2
-    if full and (bits < BUSY_BITS or (bits == BUSY_BITS and short)):
-        return Launch(splits, min(round_of_tiles, MAX_WARPS // splits), 2, 1, False)
-    if round_of_tiles == 2:
-        return Launch(_even(steps, MAX_WARPS // 2), 1, 3, 1, True)
-    teams = min(3, MAX_WARPS // splits) if round_of_tiles == 3 and bits != REGISTER_BITS else 2
-    return Launch(splits, teams, stages, 1, bits > MIN_BITS)
+    capacity = 1 << (min(rows, MAX_ROWS) - 1).bit_length()
+    return _choose(out_features, in_features, bits, capacity, processors, chain, planes, clusters)
 
 
-def _several_rows(steps: int, round_of_tiles: int, full: bool, bits: int, rows: int) -> Launch:
-    alone = round_of_tiles == 1
-    stages = 1 if rows > 4 else 2
-    if steps > SHORT_STEPS and (alone or (round_of_tiles == 2 and not full)):
-        stages = 1 if alone else stages
-        return Launch(_even(steps, MAX_WARPS), 1, stages, stages, False, alone)
-    if rows > 2 and round_of_tiles == 2:
-        stages = 1
-    late = alone or (bits >= BUSY_BITS and steps > SHORT_STEPS and round_of_tiles > 2)
-    if steps <= SHORT_STEPS:
-        return Launch(_even(steps, 4), min(4, max(rows, round_of_tiles)), stages, stages, late, alone)
-    return Launch(_even(steps, MAX_WARPS // 2), 2, stages, stages, late, alone)
+@functools.cache
+def _choose(
+    out_features: int,
+    in_features: int,
+    bits: int,
+    rows: int,
+    processors: int,
+    chain: bool,
+    planes: bool,
+    clusters: bool,
+) -> Launch:
+    steps, tiles = _up(in_features, STEP), _up(out_features, TILE) / processors
+
+    def distance(row: Measured) -> tuple[float, ...]:
+        shape = abs(math.log(row.steps / steps)) + abs(math.log(row.tiles_a_processor / tiles))
+        return abs(row.bits - bits), abs(row.rows - rows), shape, row.microseconds
+
+    def can(row: Measured) -> bool:
+        launch = row.launch
+        planes_too = planes and bits <= PLANES_MAX_BITS
+        return row.chain == chain and (planes_too or not launch.planes) and (clusters or launch.cluster == 1)
+
+    return within(min(filter(can, measured()), key=distance).launch, steps)
 
 
-def choose_in_chain(out_features: int, in_features: int, bits: int, processors: int) -> Launch:
-    """The launch, before :func:`fit`, for one row of x and kernels before and after that take turns
-    (:func:`reserved_bytes`): they cannot gather, so the next one may come early."""
-    steps, round_of_tiles, _ = _shape(out_features, in_features, processors)
-    if round_of_tiles == 1:
-        return Launch(_even(steps, MAX_WARPS), 1, 1, 1, False)
-    if steps <= SHORT_STEPS:
-        return Launch(_even(steps, 4), min(3, round_of_tiles), 1, 1, False)
-    stages = 1 if bits == REGISTER_BITS else 2
-    late = bits >= BUSY_BITS  # else the next kernel's weights come before this one's x
-    if round_of_tiles > 2:
-        return Launch(_even(steps, MAX_WARPS // 2), 2, stages, stages, late)
-    if steps > MAX_WARPS:
-        return Launch(_even(steps, MAX_WARPS), 1, stages, stages, late)
-    return Launch(_even(steps, MAX_WARPS // 2), 1 if late else 2, stages, 1, late)
+def within(launch: Launch, steps: int) -> Launch:
+    """``launch`` with no more splits than a row has steps."""
+    cluster = launch.cluster if launch.cluster <= steps else 1
+    splits = min(launch.splits // launch.cluster, steps // cluster) * cluster
+    return replace(launch, splits=splits, cluster=cluster)
 
 
-def _shape(out_features: int, in_features: int, processors: int) -> tuple[int, int, bool]:
-    """Steps of a row; tiles of the busiest block; whether almost all blocks have as many."""
-    tiles = _up(out_features, TILE)
-    round_of_tiles = _up(tiles, processors)
-    return _up(in_features, STEP), round_of_tiles, tiles >= FULL * round_of_tiles * processors
+@dataclass(frozen=True)
+class Measured:
+    """A row of ``launches.csv``: of a GPU with ``tiles_a_processor`` tiles of 16 rows for each of its processors."""
+
+    chain: bool
+    bits: int
+    rows: int
+    steps: int
+    tiles_a_processor: float
+    launch: Launch
+    microseconds: float
+
+
+@functools.cache
+def measured() -> tuple[Measured, ...]:
+    """What ``launches.csv`` has."""
+    with resources.files("pmpd.kernels").joinpath("launches.csv").open(encoding="utf-8") as file:
+        return tuple(_parse(row) for row in csv.DictReader(file))
+
+
+def _parse(row: dict[str, str]) -> Measured:
+    launch = Launch(
+        splits=int(row["splits"]),
+        teams=int(row["teams"]),
+        stages=int(row["stages"]),
+        early=int(row["early"]),
+        late=row["late"] == "1",
+        alone=row["alone"] == "1",
+        planes=row["planes"] == "1",
+        cluster=int(row["cluster"]),
+    )
+    return Measured(
+        row["chain"] == "1",
+        int(row["bits"]),
+        int(row["m"]),
+        _up(int(row["in_features"]), STEP),
+        _up(int(row["out_features"]), TILE) / int(row["processors"]),
+        launch,
+        float(row["median"]),
+    )
 
 
 def fit(
@@ -172,24 +205,21 @@ def fit(
     Raises:
         ValueError: ``in_features`` is too large for this GPU.
     """
-    launch = replace(launch, blocks=blocks, rows=min(rows, launch.rows))
+    launch = replace(launch, blocks=max(1, blocks // launch.cluster) * launch.cluster, rows=min(rows, launch.rows))
     while launch.shared_bytes(bits, out_features, in_features, groups) > shared - STATIC_SHARED_BYTES:
-        if launch.teams > 1:
+        if launch.stages > 2:
+            launch = replace(launch, stages=launch.stages - 1, early=min(launch.early, launch.stages - 1))
+        elif launch.teams > 1:
             launch = replace(launch, teams=launch.teams // 2)
-        elif launch.blocks * TILE < out_features:
+        elif launch.blocks // launch.cluster * TILE < out_features:
             launch = replace(launch, blocks=2 * launch.blocks)
         elif launch.rows > 1:
             launch = replace(launch, rows=launch.capacity // 2)
-        elif launch.splits > 1:
-            launch = replace(launch, splits=launch.splits // 2)
+        elif launch.splits > launch.cluster:
+            launch = replace(launch, splits=launch.splits // 2 // launch.cluster * launch.cluster or launch.cluster)
         else:
             raise ValueError(f"in_features={in_features} needs more shared memory than the {shared} bytes of this GPU")
     return launch
-
-
-def _even(steps: int, most: int) -> int:
-    """Fewest splits that leave the busiest as few steps as ``most`` splits would."""
-    return _up(steps, _up(steps, most))
 
 
 def _up(a: int, b: int) -> int:

@@ -44,9 +44,9 @@ __device__ __forceinline__ float warp_sum(float v) {
 }
 
 struct Staged {  // of each row of x and each warp's columns
-    float step[ROWS][MAX_THREADS / 32];  // x = step * integer
-    float sum[ROWS][MAX_THREADS / 32];
-    float squares[ROWS][MAX_THREADS / 32];
+    float step[ROWS][MAX_SPLITS];  // x = step * integer
+    float sum[ROWS][MAX_SPLITS];
+    float squares[ROWS][MAX_SPLITS];
 };
 
 // A split's columns of x (steps split, split + splits, ...) as balanced base-256 digits of integers, the largest of which is

@@ -2,6 +2,7 @@
 // of x. Every precision, any number of rows of x, tables of groups.
 
 constexpr int NT = (ROWS * DIGITS + 7) / 8;  // mma of 8 columns
+constexpr int WARP_ROWS = ROWS, SHARES = 1;   // rows of x that a warp multiplies by a tile; how many such parts x has
 constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
 constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of a row
@@ -159,8 +160,8 @@ struct Sums {
 
     // Adds the step whose weights are at `slot`; calls slot_is_read once they are in registers.
     template <typename F>
-    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int step, const Weight& weight, int tile, int lane,
-                                        F&& slot_is_read) {
+    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int step, int, const Weight& weight, int tile,
+                                        int lane, F&& slot_is_read) {
         const int g = lane >> 2;
         #pragma unroll
         for (int u = 0; u < 2; u++) {

@@ -2,7 +2,8 @@
 
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for
-// before the kernels before have ended; `late` lets the next kernel come only once x is here.
+// before the kernels before have ended; `late` lets the next kernel come only once x is here. The `splits` warps that share a
+// tile are of all CLUSTER blocks.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,
@@ -11,16 +12,20 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     __shared__ Staged staged;
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps = blockDim.x >> 5;
-    const int split = warp % splits, team = warp / splits, teams = warps / splits;
+    const int rank = cluster_rank(), own_splits = splits / CLUSTER;
+    const int split = rank * own_splits + warp % own_splits, team = warp / own_splits, teams = warps / own_splits;
     const int steps = (in_features + STEP - 1) / STEP, tiles = (out_features + TILE - 1) / TILE, pitch = steps * STEP + 16;
-    const int first_tile = u32(blockIdx.x) * u32(tiles) / gridDim.x;
-    const int my_tiles = (u32(blockIdx.x) + 1) * u32(tiles) / gridDim.x - first_tile;
+    const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+    const int first_tile = cluster * tiles / clusters, my_tiles = (cluster + 1) * tiles / clusters - first_tile;
+    const int most_tiles = (tiles - 1) / clusters + 1;
     u8* ring = shared + warp * (STAGES * STEP_BYTES);
     u8* const ring_end = ring + STAGES * STEP_BYTES;
     u8* columns = shared + warps * (STAGES * STEP_BYTES);
-    float* partial = reinterpret_cast<float*>(columns + ROWS * DIGITS * pitch);  // [tile][split][ROWS][TILE]
-    float2* block_scales = reinterpret_cast<float2*>(partial + ((tiles - 1) / gridDim.x + 1) * splits * ROWS * TILE);
-    u8* block_tables = reinterpret_cast<u8*>(block_scales + ((tiles - 1) / gridDim.x + 1) * TILE);
+    // [tile][split][ROWS][TILE], of the tiles that this block finishes: rank, rank + CLUSTER, ...
+    float* partial = reinterpret_cast<float*>(columns + ROWS * DIGITS * pitch);
+    float2* block_scales = reinterpret_cast<float2*>(partial + ((most_tiles - 1) / CLUSTER + 1) * splits * ROWS * TILE);
+    u8* block_tables = reinterpret_cast<u8*>(block_scales + most_tiles * TILE);
+    cluster_arrive();
 
     // Weights do not depend on earlier kernels: ask for them before waiting for those.
     copy_tables(block_tables, block_scales, tables + size_t(first_tile) * TILE * TABLE_BYTES, scales + first_tile * TILE,
@@ -30,20 +35,21 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     const Weight weight = {packed, tables, tiles, in_features, group_size, groups};
     Source source;
     source.plane_bytes = size_t(tiles) * in_features * 2;
-    source.pairs = reinterpret_cast<const u8*>(packed) + size_t(first_tile + team) * in_features * 4 + lane * 16;
+    source.pairs = reinterpret_cast<const u8*>(packed) + size_t(first_tile) * in_features * 4 + lane * 16;
     source.planes = reinterpret_cast<const u8*>(packed) + 2 * source.plane_bytes +
-                    size_t(first_tile + team) * in_features * 2 + lane * 16;
-    int load_tile = team, load_step = split;
-    u32 offset = split * PAIR_BYTES, tile_offset = 0;
+                    size_t(first_tile) * in_features * 2 + lane * 16;
+    int load_item = team, load_step = split;
+    u32 offset = load_item / SHARES * (in_features * 4) + split * PAIR_BYTES;
     u8* load_slot = ring;
     auto load_next = [&] {
-        if (load_tile < my_tiles && load_step < steps) copy_step(load_slot, source, offset, in_features, load_step, lane);
+        if (load_item < my_tiles * SHARES && load_step < steps)
+            copy_step(load_slot, source, offset, in_features, load_step, lane);
         commit_copies();
         load_slot = load_slot + STEP_BYTES == ring_end ? ring : load_slot + STEP_BYTES;
         load_step += splits, offset += splits * PAIR_BYTES;
         if (load_step >= steps) {
-            load_step = split, load_tile += teams;
-            tile_offset += teams * in_features * 4, offset = tile_offset + split * PAIR_BYTES;
+            load_step = split, load_item += teams;
+            offset = load_item / SHARES * (in_features * 4) + split * PAIR_BYTES;
         }
     };
     #pragma unroll 1
@@ -73,38 +79,52 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     prepare_tables(block_tables, block_scales, my_tiles * TILE);
     __syncthreads();  // tables and columns are there
 
+    cluster_wait();  // all blocks run, so their shared memory is there
+    for (int i = threadIdx.x; CLUSTER > 1 && i < ROWS * own_splits; i += blockDim.x) {
+        const int m = i / own_splits, k = rank * own_splits + i % own_splits;
+        for (int other = 1; other < CLUSTER; other++) {
+            store_in_block(&staged.sum[m][k], staged.sum[m][k], (rank + other) % CLUSTER);
+            if (NORM) store_in_block(&staged.squares[m][k], staged.squares[m][k], (rank + other) % CLUSTER);
+        }
+    }
+
     const ColumnsIn columns_in(columns, pitch, lane);
     const u8* slot = ring;
     #pragma unroll 1
-    for (int tile = team; tile < my_tiles; tile += teams) {
+    for (int item = team; item < my_tiles * SHARES; item += teams) {
+        const int tile = item / SHARES, first_row = item % SHARES * WARP_ROWS;
         const u8* tile_tables = block_tables + tile * TILE * SHARED_TABLE_BYTES;
         Sums sums(tile_tables, lane >> 2);
         #pragma unroll 1
         for (int step = split; step < steps; step += splits) {
             wait_copies<STAGES - 1>();
             __syncwarp();
-            sums.add(slot, columns_in, step, weight, first_tile + tile, lane, [&] {
+            sums.add(slot, columns_in, step, first_row, weight, first_tile + tile, lane, [&] {
                 slot = slot + STEP_BYTES == ring_end ? ring : slot + STEP_BYTES;
                 __syncwarp();
                 load_next();
             });
         }
-        float* mine = partial + (tile * splits + split) * ROWS * TILE;
-        sums.finish(tile_tables, lane, [&](int m, int r, float product) { mine[m * TILE + r] = staged.step[m][split] * product; });
+        float* mine = partial + (tile / CLUSTER * splits + split) * ROWS * TILE;
+        sums.finish(tile_tables, lane, [&](int m, int r, float product) {
+            m += first_row;
+            store_in_block(&mine[m * TILE + r], staged.step[m][split] * product, tile % CLUSTER);
+        });
     }
-    __syncthreads();
+    cluster_sync();
 
     // Four lanes for an output, each with a quarter of the splits; i counts lanes, always of whole warps.
     constexpr int PARTS = GATED ? 2 : 1, OUTPUTS = TILE / PARTS;  // rows of the weight in an output; outputs of a tile
     #pragma unroll 1
-    for (int i = threadIdx.x; i < my_tiles * ROWS * OUTPUTS * 4; i += blockDim.x) {
-        const int r = i / 4 % OUTPUTS, m = i / (4 * OUTPUTS) % ROWS, local = i / (4 * OUTPUTS * ROWS);
+    for (int i = threadIdx.x; i < (my_tiles - rank + CLUSTER - 1) / CLUSTER * ROWS * OUTPUTS * 4; i += blockDim.x) {
+        const int r = i / 4 % OUTPUTS, m = i / (4 * OUTPUTS) % ROWS, slot = i / (4 * OUTPUTS * ROWS);
+        const int local = slot * CLUSTER + rank;
         float product[PARTS] = {}, sum = 0, squares = 0, value[PARTS];
         #pragma unroll 1
         for (int k = i % 4; k < splits; k += 4) {
             #pragma unroll
             for (int h = 0; h < PARTS; h++)
-                product[h] += partial[((local * splits + k) * ROWS + m) * TILE + r + OUTPUTS * h];
+                product[h] += partial[((slot * splits + k) * ROWS + m) * TILE + r + OUTPUTS * h];
             sum += staged.sum[m][k];
             if (NORM) squares += staged.squares[m][k];
         }

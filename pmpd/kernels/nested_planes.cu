@@ -9,7 +9,10 @@
 
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
-constexpr int MIN_BLOCKS = (SETS - 1) * ROWS <= 7 ? 2 : 1;  // on a processor: this kernel's and the next one's
+// Rows of x that a warp multiplies by a tile, as many as its registers have counts for; how many such parts x has.
+constexpr int MOST_ROWS = BITS == 2 ? 4 : BITS == 3 ? 2 : 1, WARP_ROWS = ROWS < MOST_ROWS ? ROWS : MOST_ROWS;
+constexpr int SHARES = ROWS / WARP_ROWS;
+constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= 7 ? 2 : 1;  // on a processor: this kernel's and the next one's
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -99,13 +102,13 @@ struct ColumnsIn {
 
 // A warp's part of a tile's products.
 struct Sums {
-    int count[SETS][ROWS][DIGITS][4] = {};
+    int count[SETS][WARP_ROWS][DIGITS][4] = {};
 
     __device__ __forceinline__ Sums(const u8*, int) {}
 
     // Adds the step whose weights are at `slot`; calls slot_is_read once they are in registers.
     template <typename F>
-    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int step, const Weight&, int, int lane,
+    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int step, int first_row, const Weight&, int, int lane,
                                         F&& slot_is_read) {
         u32 plane[BITS][4];  // of table index bit i: rows g and g + 8 of both units
         #pragma unroll
@@ -119,10 +122,10 @@ struct Sums {
             for (int j = 0; j < PLANES; j++) plane[2 + j][2 * u] = now.plane[j].x, plane[2 + j][2 * u + 1] = now.plane[j].y;
         }
         slot_is_read();
-        uint4 b[ROWS];
+        uint4 b[WARP_ROWS];
         #pragma unroll
-        for (int m = 0; m < ROWS; m++)
-            b[m] = *reinterpret_cast<const uint4*>(x.mine + m * DIGITS * x.pitch + step * STEP * DIGITS);
+        for (int m = 0; m < WARP_ROWS; m++)
+            b[m] = *reinterpret_cast<const uint4*>(x.mine + (first_row + m) * DIGITS * x.pitch + step * STEP * DIGITS);
         #pragma unroll
         for (int set = 1; set < SETS; set++) {
             u32 product[4];
@@ -134,7 +137,7 @@ struct Sums {
                     if (set >> bit & 1) product[i] &= plane[bit][i];
             }
             #pragma unroll
-            for (int m = 0; m < ROWS; m++) {
+            for (int m = 0; m < WARP_ROWS; m++) {
                 binary_mma(count[set][m][0], product, b[m].x, b[m].y);
                 binary_mma(count[set][m][1], product, b[m].z, b[m].w);
             }
@@ -149,7 +152,7 @@ struct Sums {
         for (int half = 0; half < 2; half++) {
             const float* c = reinterpret_cast<const float*>(tables + (g + 8 * half) * SHARED_TABLE_BYTES);
             #pragma unroll
-            for (int m = 0; m < ROWS; m++) {
+            for (int m = 0; m < WARP_ROWS; m++) {
                 float sum = 0;
                 #pragma unroll
                 for (int set = 1; set < SETS; set++) {

@@ -5,7 +5,7 @@
 // x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is silu(gate) * up); GROUPED 0 or 1 (a table
 // for each group_size columns, else for each row); STAGES steps of weights that a warp has under way; RAGGED 0 or 1
 // (columns that STEP does not divide); CHUNK steps of x that a warp has in registers at once, which are all of its own if
-// ONCE is 1; MAX_THREADS of a block. Short kernels wait for their own instructions, so what a shape does not need is left out.
+// ONCE is 1; MAX_THREADS of a block; CLUSTER blocks that share tiles, 1 below compute capability 9.0. Short kernels wait for their own instructions, so what a shape does not need is left out.
 // Nothing is included: NVRTC comes without CUDA's headers.
 
 typedef unsigned int u32;
@@ -22,6 +22,7 @@ constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
 constexpr int DIGITS = 2;  // of an input
 constexpr int BASE = BITS == 4 || BITS == 5 ? 128 : 256;  // of a table's digits
 constexpr int TABLE_BYTES = 2 << BITS;  // of a row (and group)
+constexpr int MAX_SPLITS = MAX_THREADS / 32 * CLUSTER;
 
 __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
     u32 d;
@@ -49,6 +50,39 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {  // until at most so many groups are under way
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Blocks of a cluster, which write to each other's shared memory.
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank = 0;
+#if CLUSTER > 1
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+__device__ __forceinline__ void cluster_arrive() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_sync() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+__device__ __forceinline__ void store_in_block(float* to, float value, u32 rank) {  // where block `rank` has its `to`
+#if CLUSTER > 1
+    asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }"
+                 ::"r"(shared_address(to)), "r"(rank), "f"(value) : "memory");
+#else
+    *to = value;
+#endif
 }
 __device__ __forceinline__ float to_float(u16 h) {
 #if BFLOAT

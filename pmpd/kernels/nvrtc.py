@@ -33,6 +33,7 @@ CARVEOUT = 100
 """Percent of a processor's fast memory that is shared memory, the same for all kernels: a processor that must change it
 between two kernels runs empty first."""
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 PROGRAMMATIC_CAPABILITY = (9, 0)
 
 
@@ -40,6 +41,10 @@ class _LaunchAttribute(ctypes.Structure):
     """``CUlaunchAttribute``: an id, padding to 8 bytes, a union of 64 bytes."""
 
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int * 16))
+
+
+def _attribute(kind: int, *values: int) -> _LaunchAttribute:
+    return _LaunchAttribute(id=kind, value=(ctypes.c_int * 16)(*values))
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -70,6 +75,7 @@ class Function:
         *arguments: Tensor | int | float | None,
         shared_bytes: int = 0,
         programmatic: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Args:
         arguments: tensors and ``None`` arrive as pointers, ``int`` as ``int`` (32 bits), ``float`` as ``float``.
@@ -77,6 +83,7 @@ class Function:
         programmatic: let the kernel start while its predecessor in the stream still runs ("programmatic dependent
             launch"). The kernel must execute ``griddepcontrol.wait`` before it reads or writes what other kernels
             touch. Ignored below compute capability 9.0, where the kernel just starts later.
+        cluster: consecutive blocks that run at once and see each other's shared memory, from compute capability 9.0 on.
 
         Raises:
             RuntimeError: the driver refuses the launch.
@@ -95,11 +102,13 @@ class Function:
             shared_bytes,
             torch.cuda.current_stream().cuda_stream,
         )
+        attributes = []
         if programmatic and torch.cuda.get_device_capability(device) >= PROGRAMMATIC_CAPABILITY:
-            attribute = _LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION)
-            attribute.value[0] = 1
-            config.attributes = ctypes.pointer(attribute)
-            config.num_attributes = 1
+            attributes.append(_attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 1))
+        if cluster > 1:
+            attributes.append(_attribute(CLUSTER_DIMENSION, cluster, 1, 1))
+        config.attributes = (_LaunchAttribute * len(attributes))(*attributes)
+        config.num_attributes = len(attributes)
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None), self.name)
 
 
@@ -179,20 +188,23 @@ def cache_dir() -> Path:
     return user_cache() / "cubin"
 
 
+def compiled(source: str, options: Sequence[str], architecture: str) -> bytes:
+    """As :func:`cubin`, kept on disk."""
+    parts = (str(CACHE_ENTRY_VERSION), source, *options, architecture, str(nvrtc_version()))
+    path = cache_dir() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    log.info("compiling CUDA kernels for %s %s", architecture, " ".join(options))
+    code = cubin(source, options, architecture)
+    _publish(code, path)
+    return code
+
+
 @functools.cache
 def _load(source: str, options: tuple[str, ...], architecture: str) -> Module:
-    parts = (str(CACHE_ENTRY_VERSION), source, *options, architecture, str(nvrtc_version()))
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    path = cache_dir() / f"{key}.cubin"
-    if path.exists():
-        code = path.read_bytes()
-    else:
-        log.info("compiling CUDA kernels for %s %s", architecture, " ".join(options))
-        code = cubin(source, options, architecture)
-        _publish(code, path)
-    library = ctypes.c_void_p()
+    code, library = compiled(source, options, architecture), ctypes.c_void_p()
     load = _driver().cuLibraryLoadData
-    _check(load(ctypes.byref(library), code, None, None, 0, None, None, 0), f"loading {path}")
+    _check(load(ctypes.byref(library), code, None, None, 0, None, None, 0), "loading machine code")
     return Module(library)
 
 

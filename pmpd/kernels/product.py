@@ -70,27 +70,12 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
     gpu = describe(x.device.index)
     shape = (weight.bits, weight.out_features, weight.in_features)
     rows = min(x.shape[0], MAX_ROWS)
-    plan = plan or _plan(weight, fused, rows, gpu.processors)
+    plan = plan or _plan(weight, fused, rows, gpu)
     plan = launch.fit(plan, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
-    chunk, once = plan.chunk(weight.in_features)
-    variant = Variant(
-        weight.bits,
-        plan.capacity,
-        x.dtype,
-        norm=fused.norm_weight is not None,
-        gated=fused.gated,
-        grouped=weight.groups > 1,
-        stages=plan.stages,
-        ragged=weight.in_features % launch.STEP != 0,
-        chunk=chunk,
-        once=once,
-        max_threads=256 if plan.planes and plan.threads <= 256 else 512,
-        planes=plan.planes,
-    )
-    module = _module(gpu.capability, variant)
+    module = _module(gpu.capability, Variant.of(plan, weight.bits, x.dtype, fused, weight.in_features, weight.groups))
     module["nested_matmul"](
         (plan.blocks,),
-        (plan.threads,),
+        (32 * plan.warps,),
         x,
         weight.packed,
         weight.table,
@@ -110,14 +95,23 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
         int(plan.late),
         shared_bytes=max(plan.shared_bytes(*shape, weight.groups), _reserved_bytes(plan, fused, gpu)),
         programmatic=True,
+        cluster=plan.cluster,
     )
     return plan.rows
 
 
-def _plan(weight: Operand, fused: Fused, rows: int, processors: int) -> Launch:
-    if rows == 1 and (fused.norm_weight is not None or fused.residual is not None):
-        return launch.choose_in_chain(weight.out_features, weight.in_features, weight.bits, processors)
-    return launch.choose(weight.out_features, weight.in_features, weight.bits, rows, processors)
+def _plan(weight: Operand, fused: Fused, rows: int, gpu: Gpu) -> Launch:
+    in_chain = gpu.clusters and rows == 1 and (fused.norm_weight is not None or fused.residual is not None)
+    return launch.choose(
+        weight.out_features,
+        weight.in_features,
+        weight.bits,
+        rows,
+        gpu.processors,
+        chain=in_chain,
+        planes=gpu.binary and weight.groups == 1,
+        clusters=gpu.clusters,
+    )
 
 
 def _reserved_bytes(plan: Launch, fused: Fused, gpu: Gpu) -> int:
@@ -162,6 +156,16 @@ class Gpu:
     processors: int
     shared_bytes: int
 
+    @property
+    def clusters(self) -> bool:
+        """Whether blocks can form clusters, and kernels start while others end."""
+        return self.capability >= nvrtc.PROGRAMMATIC_CAPABILITY
+
+    @property
+    def binary(self) -> bool:
+        """Whether its tensor cores multiply bits: Hopper's do (measured), Ampere's and Ada's should (specified)."""
+        return self.capability[0] in (8, 9)
+
 
 @functools.cache
 def describe(index: int) -> Gpu:
@@ -181,11 +185,6 @@ def describe(index: int) -> Gpu:
     return Gpu(capability, properties.multi_processor_count, shared_bytes)
 
 
-def source(names: tuple[str, ...] = LOOKUP) -> str:
-    """A program, CUDA C++."""
-    return "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in names)
-
-
 @dataclass(frozen=True)
 class Variant:
     """What a program is compiled for, as ``nested_weight.cu`` says; ``planes``: which method."""
@@ -202,6 +201,33 @@ class Variant:
     once: bool = True
     max_threads: int = 512
     planes: bool = False
+    cluster: int = 1
+
+    @classmethod
+    def of(cls, plan: Launch, bits: int, dtype: torch.dtype, fused: Fused, in_features: int, groups: int) -> Variant:
+        """For a launch that :func:`launch.fit` returned."""
+        chunk, once = plan.chunk(in_features)
+        return cls(
+            bits,
+            plan.capacity,
+            dtype,
+            norm=fused.norm_weight is not None,
+            gated=fused.gated,
+            grouped=groups > 1,
+            stages=plan.stages,
+            ragged=in_features % launch.STEP != 0,
+            chunk=chunk,
+            once=once,
+            max_threads=256 if plan.planes and plan.warps <= 8 else 512,
+            planes=plan.planes,
+            cluster=plan.cluster,
+        )
+
+    @property
+    def source(self) -> str:
+        """The program, CUDA C++."""
+        names = PLANES if self.planes else LOOKUP
+        return "".join(resources.files("pmpd.kernels").joinpath(name).read_text() for name in names)
 
     @property
     def options(self) -> list[str]:
@@ -218,6 +244,7 @@ class Variant:
             "CHUNK": self.chunk,
             "ONCE": self.once,
             "MAX_THREADS": self.max_threads,
+            "CLUSTER": self.cluster,
         }
         return [f"-D{name}={int(value)}" for name, value in choices.items()]
 
@@ -225,4 +252,4 @@ class Variant:
 @functools.cache
 def _module(capability: tuple[int, int], variant: Variant) -> nvrtc.Module:
     """For the current device, whose ``capability`` is part of the cache's key."""
-    return nvrtc.compile(source(PLANES if variant.planes else LOOKUP), variant.options)
+    return nvrtc.compile(variant.source, variant.options)

@@ -50,6 +50,20 @@ def test_what_the_kernels_read_is_the_weight(
     assert (error <= span.numpy() * 2.0 ** (-14.9 if bits in (4, 5) else -16.9)).all()
 
 
+def test_the_words_of_pairs_make_planes_in_the_order_of_the_others() -> None:
+    """All planes alike, so whatever bit of a plane a lane's word has, the words of the other planes have it there."""
+    planes = random_planes(0, 1, 16, 128).expand(4, -1, -1)
+    weight = device.prepare(planes, {4: random_centroids(0, 4, 16, 1, torch.float16)}, 128, None, torch.float16)
+    words = weight.packed.numpy().view(np.uint32)
+    first, second = words[:128].reshape(32, 2, 2).transpose(2, 0, 1)  # [lane, row half] of both words of pairs
+    third, fourth = words[128:].reshape(2, 32, 2)
+    even, odd = np.uint32(0x55555555), np.uint32(0xAAAAAAAA)
+    lower = (second << np.uint32(1)) & odd | first & even
+    upper = second & odd | (first >> np.uint32(1)) & even
+    for word in (lower, upper, fourth):
+        assert (word == third).all()
+
+
 @pytest.mark.parametrize("in_features", [32, 160, 256])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bits_read_an_eighth_of_a_byte_a_weight_each_and_nothing_else(in_features: int, bits: int) -> None:

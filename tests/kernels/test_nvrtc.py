@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pmpd.kernels import CudaUnavailableError, nvrtc, product
+from pmpd.kernels import CudaUnavailableError, nvrtc
+from pmpd.kernels.product import Variant
 
 SCALE = """
 extern "C" __global__ void scale(const float* x, float* out, float factor, int n) {
@@ -47,18 +48,23 @@ def test_machine_code_is_published_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    "choices", [(2, 1, 0, 0, 1, 0, 3, 0, 1), (4, 8, 1, 1, 0, 0, 2, 1, 0), (7, 4, 0, 1, 1, 1, 1, 1, 1)]
+    ("architecture", "variant"),
+    [
+        ("sm_80", Variant(2, 1, torch.float16, grouped=True, stages=3)),
+        ("sm_90", Variant(4, 8, torch.bfloat16, norm=True, stages=2, ragged=True, chunk=2, once=False)),
+        ("sm_90", Variant(7, 4, torch.float16, norm=True, gated=True, grouped=True, ragged=True, cluster=2)),
+        ("sm_80", Variant(2, 1, torch.float16, stages=8, chunk=6, planes=True)),
+        ("sm_90", Variant(2, 8, torch.bfloat16, norm=True, gated=True, ragged=True, planes=True, cluster=2)),
+        ("sm_89", Variant(4, 2, torch.float16, stages=2, chunk=2, once=False, max_threads=256, planes=True)),
+    ],
 )
-def test_the_products_kernels_compile_without_a_device(choices: tuple[int, ...], architecture: str) -> None:
+def test_the_products_kernels_compile_without_a_device(architecture: str, variant: Variant) -> None:
     try:
         nvrtc.nvrtc_version()
     except RuntimeError as error:
         pytest.skip(f"needs NVRTC: {error}")
-    names = ("BITS", "ROWS", "BFLOAT", "NORM", "GATED", "GROUPED", "STAGES", "RAGGED", "ONCE")
-    options = [f"-D{name}={value}" for name, value in zip(names, choices, strict=True)]
-    assert nvrtc.cubin(product.source(), options, architecture)[:4] == b"\x7fELF"
+    assert nvrtc.cubin(variant.source, variant.options, architecture)[:4] == b"\x7fELF"
 
 
 def test_the_joint_quantisers_kernels_compile_without_a_device() -> None:

@@ -1,0 +1,232 @@
+"""Measures which launches of the GPU kernels are fast: pmpd/kernels/launches.csv, which `launch.choose` reads.
+
+    python benchmarks/launches.py                              all of it, about twenty minutes on an H100
+    python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
+    python benchmarks/launches.py --chain                      products in a model's step, beside each other
+
+For each product and each method (look-up or bit planes, with and without clusters) a descent changes one choice at a
+time: warps, stages, when the next kernel may come. Products are timed as in nested_matmul.py; in a chain as in
+chain.py, where what counts is the time of the whole block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from chain import Chain
+from nested_matmul import SHAPES, Case, pmpd_weights, replay_us
+
+from pmpd.kernels import launch, nvrtc, product
+from pmpd.kernels.launch import Launch
+
+RESULTS = Path(launch.__file__).parent / "launches.csv"
+SMALL_SHAPES = [(576, 576), (3072, 576), (576, 1536)]
+COLUMNS = [
+    *("chain", "bits", "m", "out_features", "in_features", "processors", "planes", "cluster"),
+    *("splits", "teams", "stages", "early", "late", "alone", "median", "gpu", "versions", "commit"),
+]
+WARPS = {  # (of a block for a tile, teams)
+    False: [(2, 4), (4, 1), (4, 2), (4, 3), (4, 4), (8, 1), (8, 2), (11, 1), (16, 1)],
+    True: [(1, 4), (2, 2), (2, 4), (4, 1), (4, 2), (6, 1), (7, 1), (8, 1)],
+}
+MORE_WARPS = [(2, 6), (4, 3), (4, 4), (7, 2), (8, 2), (11, 1), (16, 1)]
+"""Where registers allow: two bits, one row."""
+QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2), (6, 2), (8, 4)]
+START = Launch(4, 2, 3, 2, True)
+
+
+@dataclass(frozen=True)
+class Method:
+    planes: bool
+    cluster: int
+
+
+METHODS = [Method(planes, cluster) for planes in (False, True) for cluster in (1, 2)]
+
+
+def methods(bits: int, rows: int) -> list[Method]:
+    return [m for m in METHODS if bits <= launch.PLANES_MAX_BITS or not m.planes]
+
+
+def warps(bits: int, rows: int, method: Method, in_features: int) -> list[dict[str, Any]]:
+    steps = -(-in_features // launch.STEP)
+    pairs = WARPS[method.planes] + (MORE_WARPS if method.planes and bits == 2 and rows == 1 else [])
+    found = {}
+    for own, teams in pairs:
+        splits = min(own, max(1, steps // method.cluster)) * method.cluster
+        splits = -(-steps // -(-steps // splits))  # no more than leave the busiest as few steps
+        splits = -(-splits // method.cluster) * method.cluster
+        found[splits, teams] = {"splits": splits, "teams": teams, "planes": method.planes, "cluster": method.cluster}
+    return list(found.values())
+
+
+Axes = list[list[dict[str, Any]]]
+
+
+def axes(bits: int, rows: int, method: Method, out_features: int, in_features: int, processors: int) -> Axes:
+    """Choices of each axis that a descent goes along."""
+    found = [
+        warps(bits, rows, method, in_features),
+        [{"stages": stages, "early": early} for stages, early in QUEUES],
+        [{"late": late} for late in (True, False)],
+    ]
+    if out_features <= launch.TILE * processors:
+        found.append([{"alone": alone} for alone in (False, True)])
+    return found
+
+
+def descend(start: Launch, choices: Axes, time: Callable[[Launch], float], rounds: int) -> Launch:
+    """The best launch that changes of one axis at a time lead to."""
+    time = functools.cache(time)
+    best = start
+    for _ in range(rounds):
+        for axis in choices:
+            best = min((replace(best, **change) for change in axis), key=time)
+    return best
+
+
+def every(start: Launch, choices: Axes) -> Iterator[Launch]:
+    for changes in itertools.product(*choices):
+        yield functools.reduce(lambda plan, change: replace(plan, **change), changes, start)
+
+
+def compile_all(variants: Iterable[product.Variant], architecture: str) -> None:
+    """Into the cache on disk, by all cores at once."""
+    unique = sorted(set(variants), key=repr)
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        pool.starmap(_compile, [(variant, architecture) for variant in unique], chunksize=4)
+    sys.stdout.write(f"{len(unique)} programs compiled\n")
+
+
+def _compile(variant: product.Variant, architecture: str) -> None:
+    nvrtc.compiled(variant.source, variant.options, architecture)
+
+
+def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], write: Callable[..., None]) -> None:
+    gpu = product.describe(torch.cuda.current_device())
+    cases = [Case(b, m, *shape) for shape in shapes for b in bits for m in rows]
+    grids = {
+        (case, method): axes(case.bits, case.m, method, case.out_features, case.in_features, gpu.processors)
+        for case in cases
+        for method in methods(case.bits, case.m)
+    }
+    compile_all(
+        (
+            product.Variant.of(fit(plan, case, gpu), case.bits, torch.float16, product.Fused(), case.in_features, 1)
+            for (case, _), choices in grids.items()
+            for plan in every(START, choices[:2])
+        ),
+        "sm_{}{}".format(*gpu.capability),
+    )
+    for case in cases:
+        operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], case.x()
+        out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
+
+        def microseconds(plan: Launch, operands: list[Any] = operands, x: Any = x, out: Any = out) -> float:
+            call = functools.partial(product.multiply, x, fused=product.Fused(), out=out, plan=plan)
+            return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands)))
+
+        for method in methods(case.bits, case.m):
+            best = descend(START, grids[case, method], microseconds, 2)
+            write(case, best, microseconds(best), gpu.processors)
+
+
+def fit(plan: Launch, case: Case, gpu: product.Gpu) -> Launch:
+    sizes = (case.bits, case.out_features, case.in_features)
+    return launch.fit(plan, *sizes, 1, case.m, gpu.processors, gpu.shared_bytes)
+
+
+def chains(bits: list[int], models: list[str], write: Callable[..., None]) -> None:
+    processors = product.describe(torch.cuda.current_device()).processors
+    for name in models:
+        chain = Chain(name, sorted(bits, reverse=True), 512)
+        for b in sorted(bits):
+            for planes in (False, True)[: 2 if b <= launch.PLANES_MAX_BITS else 1]:
+                for part, plan, us in best_chain(chain, b, processors, planes=planes):
+                    write(Case(b, 1, *chain.shapes[part]), plan, us, processors, chain=1)
+
+
+def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> list[tuple[str, Launch, float]]:
+    """For each product its launch and the time of a block, in microseconds."""
+    shapes = chain.shapes
+    plans = {part: launch.choose(*shapes[part], bits, 1, processors, planes=planes) for part in shapes}
+
+    def microseconds(part: str, plan: Launch) -> float:
+        return statistics.median(chain.times_us(bits, plans | {part: plan}))
+
+    for part in ("gate_up", "down", "qkv", "output"):
+        time = functools.partial(microseconds, part)
+        candidates = [plans[part]]
+        for method in methods(bits, 1):
+            if planes or not method.planes:
+                choices = axes(bits, 1, method, *shapes[part], processors)[:3]
+                candidates.append(descend(replace(plans[part], alone=False), choices, time, 1))
+        plans[part] = min(candidates, key=time)
+    return [(part, plan, microseconds(part, plan)) for part, plan in plans.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 5, 6, 8])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--shapes", nargs="+", help="as 4096x4096; default: those of nested_matmul.py and SmolLM2's")
+    parser.add_argument("--chain", action="store_true")
+    parser.add_argument("--models", nargs="+", default=["vicuna7b", "mobilellama"])
+    parser.add_argument("--commit", help="what to record, where there is no repository")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("times are of a GPU, and PyTorch sees none")
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    record = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": f"torch {torch.__version__}, CUDA {torch.version.cuda}",
+        "commit": args.commit or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+    }
+    rows = {}
+    if args.out.exists():
+        with args.out.open(encoding="utf-8") as file:
+            rows = {_key(row): row for row in csv.DictReader(file)}
+
+    def write(case: Case, plan: Launch, us: float, processors: int, chain: int = 0) -> None:
+        row = record | {
+            **{"chain": chain, "bits": case.bits, "m": case.m, "processors": processors, "median": f"{us:.3f}"},
+            **{"out_features": case.out_features, "in_features": case.in_features},
+            **{key: int(getattr(plan, key)) for key in COLUMNS[6:14]},
+        }
+        rows[_key(row)] = row
+        sys.stdout.write(f"{case} chain {chain}: {us:.2f} us {plan}\n")
+        sys.stdout.flush()
+        with args.out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows[key] for key in sorted(rows))
+
+    if args.chain:
+        chains(args.bits, args.models, write)
+    else:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes or ()]
+        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, write)
+
+
+def _key(row: dict[str, Any]) -> tuple[int, ...]:
+    """What a row is about. In a chain one row with planes allowed and one without."""
+    names = ("chain", "bits", "m", "out_features", "in_features", "planes", "cluster")
+    return tuple(int(row[name]) for name in names)
+
+
+if __name__ == "__main__":
+    main()
