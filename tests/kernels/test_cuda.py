@@ -1,6 +1,7 @@
 """The GPU's product against the reference in float64, which test_reference pins to the definition."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional
 from pmpd import kernels
 from pmpd.kernels import cuda, product, reference
 from pmpd.kernels.gated import in_turns
+from pmpd.kernels.launch import STEP, Launch, within
 from pmpd.kernels.product import Fused, Operand
 from tests.kernels.definition import random_centroids, random_planes
 
@@ -75,6 +77,62 @@ class TestProduct:
         for rows in (3, 4, 5, 8, 9, 17, 70):
             x = case.x(rows, in_features)
             case.check(cuda.matmul(x, case.weight, bits), x, bits)
+
+
+LAUNCHES = [
+    Launch(splits, teams, stages, early, late, alone, planes, cluster)
+    for splits, teams, stages, early, late, alone in (
+        (1, 1, 1, 1, True, False),
+        (2, 3, 2, 1, False, False),
+        (5, 1, 8, 4, True, True),
+    )
+    for planes in (False, True)
+    for cluster in (1, 2)
+]
+"""``splits`` of each block of a cluster."""
+
+
+@pytest.mark.parametrize("plan", LAUNCHES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+class TestLaunches:
+    """By either method, whoever shares the columns."""
+
+    pytestmark = on_gpu
+
+    def plan(self, plan: Launch, in_features: int) -> Launch:
+        if plan.cluster > 1 and not product.describe(0).clusters:
+            pytest.skip("clusters need compute capability 9.0")
+        return within(replace(plan, splits=plan.splits * plan.cluster), -(-in_features // STEP))
+
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    @pytest.mark.parametrize(("out_features", "in_features"), [(48, 256), (50, 1056), (2200, 2816), (4432, 5120)])
+    def test_products(self, plan: Launch, dtype: torch.dtype, bits: int, out_features: int, in_features: int) -> None:
+        case, plan = Case(out_features, in_features, dtype=dtype), self.plan(plan, in_features)
+        for rows in (1, 2, 3, 8):
+            x, out = case.x(rows, in_features), torch.full((rows, out_features), torch.nan, device="cuda", dtype=dtype)
+            done = product.multiply(x, Operand.of(case.weight, bits), Fused(), out, plan)
+            case.check(out[:done], x[:done], bits)
+
+    def test_norm_gate_and_residual(self, plan: Launch, dtype: torch.dtype) -> None:
+        case, plan = Case(4144, 1056, dtype=dtype), self.plan(plan, 1056)
+        x, residual, norm_weight = case.x(1, 1056) / 64, case.x(1, 2072, seed=4), case.x(1056, seed=6)
+        out = torch.empty_like(residual)
+        product.multiply(x, Operand.of(case.weight, 2), Fused(norm_weight, 1e-2, True, residual), out, plan)
+        normed = functional.rms_norm(x.double(), (1056,), norm_weight.double(), 1e-2)
+        both = (normed @ case.exact(2).T).unflatten(1, (-1, 2, 8))
+        expected = (functional.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1) + residual.double()
+        assert (out.double() - expected).norm() / expected.norm() < 2 * TOLERANCE[dtype]
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_a_row_that_is_not_finite_has_no_finite_output(
+        self, plan: Launch, dtype: torch.dtype, value: float
+    ) -> None:
+        case, plan = Case(80, 1056, dtype=dtype), self.plan(plan, 1056)
+        x, out = case.x(2, 1056), torch.zeros(2, 80, device="cuda", dtype=dtype)
+        x[1, 700] = value
+        if product.multiply(x, Operand.of(case.weight, 2), Fused(), out, plan) == 2:
+            assert not out[1].isfinite().any()
+        case.check(out[:1], x[:1], 2)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 96])

@@ -5,32 +5,37 @@ from pmpd.kernels import block, launch
 GPUS = [(132, 227 * 1024), (108, 163 * 1024), (46, 99 * 1024)]  # H100, A100, an Ada
 
 
+@pytest.mark.parametrize("can", [{}, {"clusters": False}, {"clusters": False, "planes": False}])
+@pytest.mark.parametrize("chain", [False, True])
 @pytest.mark.parametrize(("processors", "shared"), GPUS)
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_every_product_fits_every_gpu(bits: int, processors: int, shared: int) -> None:
+def test_every_product_fits_every_gpu(
+    bits: int, processors: int, shared: int, chain: bool, can: dict[str, bool]
+) -> None:
     for out_features in (1, 576, 2048, 4096, 22016, 151936):
         for in_features in (32, 576, 2048, 11008, 28672):
-            for rows in range(1, 9):
-                plan = launch.choose(out_features, in_features, bits, rows, processors)
+            for rows in (1,) if chain else range(1, 9):
+                plan = launch.choose(out_features, in_features, bits, rows, processors, chain=chain, **can)
                 plan = launch.fit(plan, bits, out_features, in_features, 1, rows, processors, shared)
                 assert plan.shared_bytes(bits, out_features, in_features, 1) <= shared - launch.STATIC_SHARED_BYTES
                 assert 1 <= plan.rows <= rows
                 assert plan.capacity >= plan.rows
-                assert 32 <= plan.threads <= 32 * launch.MAX_WARPS
+                assert 1 <= plan.warps <= launch.MAX_WARPS
                 assert 1 <= plan.early <= plan.stages
                 assert plan.splits <= -(-in_features // launch.STEP)
+                assert plan.splits % plan.cluster == 0
+                assert plan.blocks % plan.cluster == 0
+                assert plan.cluster == 1 or can.get("clusters", True)
+                assert not plan.planes or (can.get("planes", True) and bits <= launch.PLANES_MAX_BITS)
 
 
-@pytest.mark.parametrize(("processors", "shared"), GPUS)
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_every_product_of_a_chain_fits_every_gpu(bits: int, processors: int, shared: int) -> None:
-    for out_features in (1, 576, 2048, 4096, 22016, 151936):
-        for in_features in (32, 576, 2048, 11008, 28672):
-            plan = launch.choose_in_chain(out_features, in_features, bits, processors)
-            plan = launch.fit(plan, bits, out_features, in_features, 1, 1, processors, shared)
-            assert plan.shared_bytes(bits, out_features, in_features, 1) <= shared - launch.STATIC_SHARED_BYTES
-            assert 1 <= plan.early <= plan.stages
-            assert 32 <= plan.threads <= 32 * launch.MAX_WARPS
+def test_a_measured_shape_gets_what_was_fastest_for_it() -> None:
+    for row in launch.measured():
+        rivals = [r for r in launch.measured() if (r.chain, r.bits, r.rows) == (row.chain, row.bits, row.rows)]
+        same = [r for r in rivals if (r.steps, r.tiles_a_processor) == (row.steps, row.tiles_a_processor)]
+        fastest = min(same, key=lambda r: r.microseconds).launch
+        out_features, in_features = round(row.tiles_a_processor * 132) * 16, row.steps * launch.STEP
+        assert launch.choose(out_features, in_features, row.bits, row.rows, 132, chain=row.chain) == fastest
 
 
 @pytest.mark.parametrize("heads_a_key_head", [1, 3, 8])
