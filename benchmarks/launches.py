@@ -54,11 +54,15 @@ class Method:
     cluster: int
 
 
-METHODS = [Method(planes, cluster) for planes in (False, True) for cluster in (1, 2)]
+MOST_SETS = 28
+"""Products of planes and rows of x above which bit planes are not tried."""
 
 
 def methods(bits: int, rows: int) -> list[Method]:
-    return [m for m in METHODS if bits <= launch.PLANES_MAX_BITS or not m.planes]
+    found = [Method(False, 1), Method(False, 2)][: 1 if rows == 1 else 2]
+    if bits <= launch.PLANES_MAX_BITS and (2**bits - 1) * rows <= MOST_SETS:
+        found += [Method(True, 1), Method(True, 2)]
+    return found
 
 
 def warps(bits: int, rows: int, method: Method, in_features: int) -> list[dict[str, Any]]:
