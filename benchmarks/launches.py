@@ -15,6 +15,7 @@ import argparse
 import csv
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -46,6 +47,7 @@ MORE_WARPS = [(2, 6), (4, 3), (4, 4), (7, 2), (8, 2), (11, 1), (16, 1)]
 """Where registers allow: two bits, one row."""
 QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2), (6, 2), (8, 4)]
 START = Launch(4, 2, 3, 2, True)
+STARTS = [START, Launch(8, 1, 8, 4, True)]
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,17 @@ class Method:
     planes: bool
     cluster: int
 
+    @property
+    def name(self) -> str:
+        return f"{'planes' if self.planes else 'lookup'}-{self.cluster}"
+
 
 MOST_SETS = 28
 """Products of planes and rows of x above which bit planes are not tried."""
 
 
 def methods(bits: int, rows: int) -> list[Method]:
-    found = [Method(False, 1), Method(False, 2)][: 1 if rows == 1 else 2]
+    found = [Method(False, cluster) for cluster in (1, 2, 4)[: 1 if rows == 1 else 2 if rows == 2 else 3]]
     if bits <= launch.PLANES_MAX_BITS and (2**bits - 1) * rows <= MOST_SETS:
         found += [Method(True, 1), Method(True, 2)]
     return found
@@ -67,7 +73,10 @@ def methods(bits: int, rows: int) -> list[Method]:
 
 def warps(bits: int, rows: int, method: Method, in_features: int) -> list[dict[str, Any]]:
     steps = -(-in_features // launch.STEP)
-    pairs = WARPS[method.planes] + (MORE_WARPS if method.planes and bits == 2 and rows == 1 else [])
+    most = launch.MAX_WARPS // 2 if method.cluster > 2 else launch.MAX_WARPS  # of a block
+    pairs = [pair for pair in WARPS[method.planes] if math.prod(pair) <= most] + (
+        MORE_WARPS if method.planes and bits == 2 and rows == 1 else []
+    )
     found = {}
     for own, teams in pairs:
         splits = min(own, max(1, steps // method.cluster)) * method.cluster
@@ -119,13 +128,18 @@ def _compile(variant: product.Variant, architecture: str) -> None:
     nvrtc.compiled(variant.source, variant.options, architecture)
 
 
-def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], write: Callable[..., None]) -> None:
+def products(
+    bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], write: Callable[..., None]
+) -> None:
+    def own(case: Case) -> list[Method]:
+        return [m for m in methods(case.bits, case.m) if not wanted or m.name in wanted]
+
     gpu = product.describe(torch.cuda.current_device())
     cases = [Case(b, m, *shape) for shape in shapes for b in bits for m in rows]
     grids = {
         (case, method): axes(case.bits, case.m, method, case.out_features, case.in_features, gpu.processors)
         for case in cases
-        for method in methods(case.bits, case.m)
+        for method in own(case)
     }
     compile_all(
         (
@@ -135,7 +149,7 @@ def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wr
         ),
         "sm_{}{}".format(*gpu.capability),
     )
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.m):
         operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], case.x()
         out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
 
@@ -143,8 +157,9 @@ def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wr
             call = functools.partial(product.multiply, x, fused=product.Fused(), out=out, plan=plan)
             return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands)))
 
-        for method in methods(case.bits, case.m):
-            best = descend(START, grids[case, method], microseconds, 2)
+        for method in own(case):
+            found = [descend(start, grids[case, method], microseconds, 2) for start in STARTS]
+            best = min(found, key=microseconds)
             write(case, best, microseconds(best), gpu.processors)
 
 
@@ -187,6 +202,9 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 3, 4, 5, 6, 8])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--shapes", nargs="+", help="as 4096x4096; default: those of nested_matmul.py and SmolLM2's")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], help="as planes-2: bit planes, clusters of two; default: all"
+    )
     parser.add_argument("--chain", action="store_true")
     parser.add_argument("--models", nargs="+", default=["vicuna7b", "mobilellama"])
     parser.add_argument("--commit", help="what to record, where there is no repository")
@@ -223,7 +241,7 @@ def main() -> None:
         chains(args.bits, args.models, write)
     else:
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes or ()]
-        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, write)
+        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, args.methods, write)
 
 
 def _key(row: dict[str, Any]) -> tuple[int, ...]:

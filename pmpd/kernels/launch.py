@@ -72,7 +72,7 @@ class Launch:
 
     def chunk(self, in_features: int) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""
-        most = max(CHUNKS) if self.planes and self.rows == 1 else MOST_CHUNK
+        most = max(CHUNKS) if self.planes else MOST_CHUNK
         own = _up(_up(in_features, STEP), self.splits)
         return next(chunk for chunk in CHUNKS if chunk >= min(own, most)), own <= most
 
