@@ -18,11 +18,12 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from quantisers import RESULTS, Bench, Table, measured, parser, peak_gib
+from quantisers import RESULTS, Bench, Table, measured, parser, peak_gib, share
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -79,37 +80,42 @@ def quantize(bench: Bench, weights: dict[str, Any], windows: Tensor) -> Any:
     return model
 
 
+def measure(bench: Bench, table: Table, name: str, bits: int, group: int, kind: str, seed: int) -> None:
+    args = bench.args
+    weights = {"num_bits": bits, "type": "int", **KINDS[kind]}
+    weights |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    first = seed * args.calibration_windows
+    windows = bench.calibration[first : first + args.calibration_windows]
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    made = block_linears(quantize(bench, weights, windows))
+    quantise_s, peak = round(time.perf_counter() - start, 1), round(peak_gib(args.device), 2)
+    model, symmetric = bench.model(), KINDS[kind]["symmetric"]
+    layers = block_linears(model)
+    for path, layer in layers.items():
+        layer.weight.data = dense(made[path], bits, group, symmetric, args.device)
+    read = true_bits(layers.values(), bits, group, symmetric)
+    options = f"llmcompressor={importlib.metadata.version('llmcompressor')}"
+    table.add([
+        (name, options, bits, read, corpus, value, args.windows, seed, agreement, quantise_s, peak)
+        for corpus, value, agreement in measured(bench, model, None, FP16_BITS)
+    ])  # fmt: skip
+
+
 def main() -> None:
     arguments = parser(__doc__, RESULTS)
     arguments.add_argument("--bits", nargs="+", type=int, default=[3, 4])
     arguments.add_argument("--groups", nargs="+", type=int, default=[64, 96], help="columns a scale; 0: one a row")
     arguments.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     args = arguments.parse_args()
-    version = importlib.metadata.version("llmcompressor")
     table = Table(args.out, args.commit)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
-        for seed, group, kind, bits in itertools.product(args.seeds, args.groups, args.kinds, args.bits):
+        for group, kind, bits, seed in itertools.product(args.groups, args.kinds, args.bits, args.seeds):
             name = f"gptq-{group or 'row'}-{kind}"
-            if (name, str(seed)) in table.done:
-                continue
-            weights = {"num_bits": bits, "type": "int", **KINDS[kind]}
-            weights |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-            first = seed * args.calibration_windows
-            if args.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            windows = bench.calibration[first : first + args.calibration_windows]
-            made = block_linears(quantize(bench, weights, windows))
-            quantise_s, peak = time.perf_counter() - start, peak_gib(args.device)
-            model, symmetric = bench.model(), KINDS[kind]["symmetric"]
-            layers = block_linears(model)
-            for path, layer in layers.items():
-                layer.weight.data = dense(made[path], bits, group, symmetric, args.device)
-            read = true_bits(layers.values(), bits, group, symmetric)
-            for corpus, value, agreement in measured(bench, model, None, FP16_BITS, seed == args.seeds[0]):
-                table.add(name, f"llmcompressor={version}", bits, read, corpus, value, args.windows, seed, agreement,
-                          round(quantise_s, 1), round(peak, 2))  # fmt: skip
+            share(bench, f"{name}-{bits}-{seed}", partial(table.has, name, seed, bits),
+                  partial(measure, bench, table, name, bits, group, kind, seed))  # fmt: skip
 
 
 if __name__ == "__main__":
