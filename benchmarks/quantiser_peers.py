@@ -1,14 +1,15 @@
-"""A quantiser of one fixed precision beside the nested ones: GPTQ, as llmcompressor makes it.
+"""Quantisers of one fixed precision beside the nested ones: GPTQ and AutoRound, as llmcompressor makes them.
 
-    pip install llmcompressor==0.14.0.1                no dependency of this project
+    pip install llmcompressor==0.14.0.1 auto-round==0.15.1                no dependency of this project
     python benchmarks/quantiser_peers.py --data-root DIR --device cuda --seeds 0 --prompts 0
     python benchmarks/quantiser_peers.py --data-root DIR --device cuda --bits 3 --groups 96 --kinds asym-mse
+    python benchmarks/quantiser_peers.py --data-root DIR --device cuda --method autoround --kinds asym
 
 Calibration, layers and windows are ``quantisers.py``'s, and the rows go to its table. A weight is measured as its
 integer times its scale rounded to float16, and must be one of the 2^bits values that its group can have. *True bits*
 are the integers, a float16 scale a row and group of columns and, unless symmetric, a zero point of as many bits as an
-integer. All else is the library's choice: damping 0.01, columns by falling activation, inputs from blocks already
-quantised.
+integer. All else is the library's choice, for GPTQ damping 0.01, columns by falling activation, inputs from blocks
+already quantised; for AutoRound 200 steps a block.
 """
 
 from __future__ import annotations
@@ -68,15 +69,26 @@ def dense(layer: Any, bits: int, group: int, symmetric: bool, device: str) -> Te
     return codes * scale.half().float().repeat_interleave(width, dim=1)
 
 
-def quantize(bench: Bench, weights: dict[str, Any], windows: Tensor) -> Any:
+def quantize(bench: Bench, method: str, weights: dict[str, Any], windows: Tensor) -> Any:
     """The model with its blocks' linear layers quantised."""
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
 
     model = load_model(bench.model_folder, torch.float32, "cpu")  # the library places the blocks
-    recipe = GPTQModifier(config_groups={"blocks": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
-    loader = DataLoader([{"input_ids": window} for window in windows], batch_size=8)
-    oneshot(model=model, dataset=loader, recipe=recipe, processor=bench.tokenizer)
+    layers: dict[str, Any] = {
+        "config_groups": {"blocks": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    rows = [{"input_ids": window} for window in windows]
+    if method == "gptq":
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        recipe, loader = GPTQModifier(**layers), DataLoader(rows, batch_size=8)
+    else:
+        from llmcompressor.modifiers.autoround import AutoRoundModifier
+
+        recipe = AutoRoundModifier(**layers, iters=bench.args.autoround_steps, enable_torch_compile=False)
+        loader = DataLoader([row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows], batch_size=1)
+    oneshot(model=model, dataset=loader, recipe=recipe, processor=bench.tokenizer, num_calibration_samples=len(windows))
     return model
 
 
@@ -89,14 +101,15 @@ def measure(bench: Bench, table: Table, name: str, bits: int, group: int, kind: 
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    made = block_linears(quantize(bench, weights, windows))
+    made = block_linears(quantize(bench, args.method, weights, windows))
     quantise_s, peak = round(time.perf_counter() - start, 1), round(peak_gib(args.device), 2)
     model, symmetric = bench.model(), KINDS[kind]["symmetric"]
     layers = block_linears(model)
     for path, layer in layers.items():
         layer.weight.data = dense(made[path], bits, group, symmetric, args.device)
     read = true_bits(layers.values(), bits, group, symmetric)
-    options = f"llmcompressor={importlib.metadata.version('llmcompressor')}"
+    library = "llmcompressor" if args.method == "gptq" else "auto-round"
+    options = f"{library}={importlib.metadata.version(library)}"
     table.add([
         (name, options, bits, read, corpus, value, args.windows, seed, agreement, quantise_s, peak)
         for corpus, value, agreement in measured(bench, model, None, FP16_BITS)
@@ -105,15 +118,17 @@ def measure(bench: Bench, table: Table, name: str, bits: int, group: int, kind: 
 
 def main() -> None:
     arguments = parser(__doc__, RESULTS)
+    arguments.add_argument("--method", choices=["gptq", "autoround"], default="gptq")
     arguments.add_argument("--bits", nargs="+", type=int, default=[3, 4])
     arguments.add_argument("--groups", nargs="+", type=int, default=[64, 96], help="columns a scale; 0: one a row")
     arguments.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    arguments.add_argument("--autoround-steps", type=int, default=200, help="a block")
     args = arguments.parse_args()
     table = Table(args.out, args.commit)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
         for group, kind, bits, seed in itertools.product(args.groups, args.kinds, args.bits, args.seeds):
-            name = f"gptq-{group or 'row'}-{kind}"
+            name = f"{args.method}-{group or 'row'}-{kind}"
             share(bench, f"{name}-{bits}-{seed}", partial(table.has, name, seed, bits),
                   partial(measure, bench, table, name, bits, group, kind, seed))  # fmt: skip
 
