@@ -184,7 +184,10 @@ def quantize(checkout: Path, stack: Stack, windows: Tensor, group: int, plan: Pl
 
     def scales_of(block: nn.Module) -> list[nn.Parameter]:
         layers = [layer for layer in block.modules() if isinstance(layer, BCQLinear)]
-        return [getattr(layer, f"alpha{k}") for layer in layers for k in range(layer.num_bit)]
+        scales = [getattr(layer, f"alpha{k}") for layer in layers for k in range(layer.num_bit)]
+        for scale in scales:
+            scale.data = scale.data.contiguous()  # slices of one tensor, which a fused optimiser does not take
+        return scales
 
     class Planned(anybcq.AnyBCQ):  # type: ignore[misc]
         def blockReconstruction(  # noqa: N802
