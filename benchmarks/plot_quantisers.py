@@ -1,11 +1,15 @@
-"""The table and the figures of what ``quantisers.py`` and ``quantiser_schedules.py`` wrote.
+"""The tables and the figures of what ``quantisers.py``, its peers and ``quantiser_schedules.py`` wrote.
 
-python benchmarks/plot_quantisers.py          reads and writes docs/results
+python benchmarks/plot_quantisers.py          reads and writes docs/results, and the marked tables of docs/quantisers.md
+
+A marked table stands between ``<!-- table NAME -->`` and ``<!-- end -->``: nobody writes there by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -16,41 +20,161 @@ import numpy as np
 import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-LEFT_OUT = r"\d\.\d|gptq-(?!96-asym-mse)"  # of the figure: variants that another of their kind stands for
+PAGE = RESULTS.parent / "quantisers.md"
 SHOWN = {"c4": "C4", "wikitext-2": "WikiText-2"}
+BITS = (2, 3, 4, 5, 6, 8)
+LABELS = {
+    "anyprec": "anyprec, the paper's search",
+    "anyprec-exact": "anyprec, exact",
+    "anyprec-exact-0.75": "the same, sensitivity to the power of 0.75",
+    "anyprec-exact-refit": "anyprec, exact, refitted",
+    "anyprec-exact-refit-tuned": "the same, tuned",
+    "joint": "joint, 2 to 8 bits",
+    "joint-tuned": "the same, tuned",
+    "joint-4": "joint, 2 to 4 bits",
+    "joint-4-tuned": "the same, tuned",
+    "joint-4-outliers": "joint, 2 to 4 bits, 0.5 % outliers (+0.18 bits)",
+}
+"""Nested quantisers in the tables' order."""
+DRAWN = ["fp16", *(name for name in LABELS if name != "anyprec-exact-0.75"), "gptq-96-asym-mse", "autoround-96-asym",
+         "anybcq-192"]  # fmt: skip
+PEERS = {
+    "gptq-96-asym": "GPTQ, 96 columns a scale, ranges min to max",
+    "gptq-96-asym-mse": "the same, ranges of least squared error",
+    "gptq-64-asym": "GPTQ, 64 columns, min to max",
+    "gptq-64-asym-mse": "the same, least squared error",
+    "gptq-row-asym-mse": "GPTQ, a scale a row, least squared error",
+    "autoround-96-asym": "AutoRound, 96 columns a scale",
+    "anybcq-192": "AnyBCQ's method, 192 columns a scale",
+    **{name: LABELS[name].replace("the same", "joint, 2 to 4 bits") for name in
+       ("anyprec-exact", "anyprec-exact-refit", "joint", "joint-4", "joint-4-tuned")},
+}  # fmt: skip
 
 
-def spread(values: pd.Series) -> str:
-    """Mean over calibration seeds, and the largest distance from it."""
+def spread(values: pd.Series, digits: int = 2) -> str:
+    """Mean over calibration stretches, and the largest distance from it if there are several."""
     mean = values.mean()
-    digits = 0 if mean >= 1000 else 1 if mean >= 100 else 2
+    digits = 0 if mean >= 1000 else min(digits, 1) if mean >= 100 else digits
     far = (values - mean).abs().max()
     return f"{mean:.{digits}f}" + (f" ± {far:.{digits}f}" if len(values) > 1 else "")
 
 
-def table(rows: pd.DataFrame) -> str:
-    """A line a quantiser, bits and corpus."""
-    lines = [
-        "| quantizer | bits | true bits | C4 | WikiText-2 | agreement | s | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def lines(header: list[str], body: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body))
+
+
+def everything(rows: pd.DataFrame) -> str:
+    """A line a quantiser and bits."""
+    body = []
     for (name, bits), part in rows.groupby(["quantizer", "bits"], sort=False):
-        by_corpus = [spread(part[part.corpus == corpus].perplexity) for corpus in SHOWN]
-        agreement = part.agreement.dropna()
-        seconds = part.quantise_s.dropna()
-        lines.append(
-            f"| {name} | {bits} | {part.true_bits.mean():.2f} | {by_corpus[0]} | {by_corpus[1]} "
-            f"| {'' if agreement.empty else f'{agreement.iloc[0]:.1f}'} "
-            f"| {'' if seconds.empty else f'{seconds.mean():.0f}'} | {part.seed.nunique()} |"
-        )
-    return "\n".join(lines) + "\n"
+        agreement, seconds = part.drop_duplicates("seed").agreement.dropna(), part.quantise_s.dropna()
+        body.append([
+            name, str(bits), f"{part.true_bits.mean():.2f}",
+            *(spread(part[part.corpus == corpus].perplexity) for corpus in SHOWN),
+            "" if agreement.empty else spread(agreement, 1), "" if seconds.empty else f"{seconds.mean():.0f}",
+            str(part.seed.nunique()),
+        ])  # fmt: skip
+    return lines(["quantizer", "bits", "true bits", *SHOWN.values(), "agreement", "s", "stretches"], body)
+
+
+def by_bits(rows: pd.DataFrame, first: str, cell: Callable[[pd.DataFrame], str], best: Callable[..., float]) -> str:
+    """A line a nested quantiser, a column a precision; the best mean of a column in bold."""
+    cells = {key: cell(part) for key, part in rows.groupby(["quantizer", "bits"])}
+    top = {b: best((float(c.split()[0]), n) for (n, own), c in cells.items() if own == b and n in LABELS) for b in BITS}
+    for b, (value, _) in top.items():
+        for (name, own), text in cells.items():
+            if own == b and float(text.split()[0]) == value:
+                cells[name, own] = f"**{text}**"
+    body = [[label, *(cells.get((name, b), "") for b in BITS)] for name, label in LABELS.items()]
+    return lines([first, *map(str, BITS)], [row for row in body if any(row[1:])])
+
+
+def perplexities(rows: pd.DataFrame, corpus: str) -> str:
+    own = rows[rows.corpus == corpus]
+    fp16 = own[own.quantizer == "fp16"].perplexity.iloc[0]
+    nested = own[own.quantizer.isin(LABELS)]
+    return by_bits(nested, f"{SHOWN[corpus]} (16 bits {fp16:.2f})", lambda part: spread(part.perplexity), min)
+
+
+def agreements(rows: pd.DataFrame) -> str:
+    own = rows[(rows.corpus == "c4") & rows.quantizer.isin(LABELS) & rows.agreement.notna()]
+    return by_bits(own, "", lambda part: spread(part.agreement, 1), max)
+
+
+def peers(rows: pd.DataFrame) -> str:
+    """Quantisers of one precision beside nested ones, at the first stretch, which all of them have."""
+    body = []
+    for name, label in PEERS.items():
+        row = [label]
+        for bits in (3, 4):
+            part = rows[(rows.quantizer == name) & (rows.bits == bits) & (rows.seed == 0)]
+            found = part.set_index("corpus").perplexity
+            row += ["", ""] if part.empty else [
+                f"{part.true_bits.iloc[0]:.2f}", " / ".join(f"{found[corpus]:.2f}" for corpus in SHOWN)]  # fmt: skip
+        if any(row[1:]):
+            body.append(row)
+    return lines(["C4 / WikiText-2", "true bits", "3 bits", "true bits", "4 bits"], body)
+
+
+def schedules(rows: pd.DataFrame) -> str:
+    """Agreement at average bits, by the schedules of each pair of precisions."""
+
+    def at(own: pd.DataFrame, schedule: str) -> str:
+        row = own[own.schedule == schedule].iloc[0]
+        return f"{row.agreement:.1f} at {row.average_bits:.2f}"
+
+    def uniform(own: pd.DataFrame, bits: int) -> str:
+        row = own[own.schedule == f"{bits}:{bits}"].iloc[0]
+        return f"{row.agreement:.1f} [{row.low:.1f}, {row.high:.1f}]"
+
+    body = [
+        [
+            LABELS[name].replace("the same", LABELS[name.removesuffix("-tuned")]),
+            uniform(own, 4),
+            *(
+                " / ".join([at(own, f"4:4@{step},{low}") for step in (32, 16, 8)] + [at(own, f"4:{low}")])
+                for low in (3, 2)
+            ),
+            uniform(own, 3),
+        ]
+        for name, own in rows.groupby("quantizer", sort=False)
+    ]
+    header = ["", "uniform 4", "4 then 3 after 32 / 16 / 8 / 0 steps", "4 then 2 after 32 / 16 / 8 / 0", "uniform 3"]
+    return lines(header, body)
+
+
+def read_schedules(results: Path) -> pd.DataFrame:
+    """Of a quantiser and schedule the row over most stretches."""
+    rows = pd.read_csv(results / "quantiser_schedules.csv")
+    most = rows.groupby(["quantizer", "schedule"]).stretches.transform("max")
+    return rows[rows.stretches == most]
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """``page`` with each marked table replaced."""
+
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{tables[match[2]]}\n<!-- end -->"
+
+    return re.sub(r"(<!-- table ([a-z0-9-]+) -->)\n.*?<!-- end -->", replace, page, flags=re.DOTALL)
+
+
+def tables_of(results: Path) -> dict[str, str]:
+    rows = pd.read_csv(results / "quantisers.csv")
+    return {
+        "c4": perplexities(rows, "c4"),
+        "wikitext-2": perplexities(rows, "wikitext-2"),
+        "agreement": agreements(rows),
+        "peers": peers(rows),
+        "schedules": schedules(read_schedules(results)),
+    }
 
 
 def plot_perplexity(rows: pd.DataFrame, file: Path) -> None:
     """Nats a token above 16 bits, which spreads out what perplexities crowd together."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True)
     for axis, (corpus, title) in zip(axes, SHOWN.items(), strict=True):
-        part = rows[(rows.corpus == corpus) & ~rows.quantizer.str.contains(LEFT_OUT)]
+        part = rows[(rows.corpus == corpus) & rows.quantizer.isin(DRAWN)]
         fp16 = part[part.quantizer == "fp16"].perplexity.iloc[0]
         for name, own in part[part.quantizer != "fp16"].groupby("quantizer", sort=False):
             own = own.assign(excess=np.log(own.perplexity / fp16)).query("bits < 8")
@@ -85,13 +209,13 @@ def plot_schedules(rows: pd.DataFrame, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
     rows = pd.read_csv(args.results / "quantisers.csv")
-    (args.results / "quantisers.md").write_text(table(rows), encoding="utf-8")
+    (args.results / "quantisers.md").write_text(everything(rows) + "\n", encoding="utf-8")
     plot_perplexity(rows, args.results / "quantisers.png")
-    schedules = args.results / "quantiser_schedules.csv"
-    if schedules.exists():
-        plot_schedules(pd.read_csv(schedules), args.results / "quantiser_schedules.png")
+    plot_schedules(read_schedules(args.results), args.results / "quantiser_schedules.png")
+    args.page.write_text(filled(args.page.read_text(encoding="utf-8"), tables_of(args.results)), encoding="utf-8")
 
 
 if __name__ == "__main__":

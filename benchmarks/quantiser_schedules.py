@@ -1,11 +1,13 @@
 """How many average bits progressive decoding needs with each quantiser: agreement with 16 bits, by schedule.
 
     python benchmarks/quantiser_schedules.py --data-root DIR --nested anyprec=DIR joint-4=DIR
+    python benchmarks/quantiser_schedules.py --data-root DIR --nested joint=DIR joint=DIR joint=DIR    three stretches
 
-Nested models are folders of shards, as ``quantisers.py --keep`` leaves them. Uniform precisions, prefill included, and
-static schedules: prefill and the first s decode steps at the higher precision of a pair, the others at the lower.
+Nested models are folders of shards, as ``quantisers.py --keep`` leaves them; those of one name, of several calibration
+stretches, are one line, a prompt's score the mean over them. Uniform precisions, prefill included, and static
+schedules: prefill and the first s decode steps at the higher precision of a pair, the others at the lower.
 *average_bits* is the mean over prompts of the mean over decode steps; *agreement* the mean ROUGE-L x 100 with the
-16-bit model's own greedy answer, with the 95 % bootstrap interval over prompts.
+16-bit model's own greedy answer, with the 95 % bootstrap interval over prompts; *stretches* the models of that name.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pmpd.metrics import bootstrap_statistic
 from pmpd.models import attach
 from pmpd.records import Schedule, average_bits
 
-HEADER = ("quantizer", "schedule", "average_bits", "agreement", "low", "high", "n", "commit")
+HEADER = ("quantizer", "schedule", "average_bits", "agreement", "low", "high", "n", "stretches", "commit")
 RESAMPLES = 2000
 
 
@@ -49,19 +51,28 @@ def main() -> None:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(HEADER)
         bench = Bench(args, Path(scratch))
+        folders: dict[str, list[Path]] = {}
         for name, folder in (pair.split("=", 1) for pair in args.nested):
-            model = bench.model()
-            cell = attach(model, Path(folder))
-            wanted = schedules(args.uniform, args.pairs, args.steps, cell.available)
-            for schedule, tokens in zip(wanted, bench.tokens_under(model, cell, wanted), strict=True):
-                bits = [average_bits(schedule.bits_of(len(ids))) for ids in tokens if len(ids) > 1]
-                scores = bench.agreement([bench.prompter.text(ids) for ids in tokens])
-                own = bootstrap_statistic([(score, 1) for score in scores], mean, RESAMPLES, 0)
-                row = (name, schedule.name, f"{np.mean(bits):.4f}", f"{own.value:.3f}", f"{own.low:.3f}",
-                       f"{own.high:.3f}", own.n, args.commit)  # fmt: skip
+            folders.setdefault(name, []).append(Path(folder))
+        for name, own in folders.items():
+            bits: dict[Schedule, list[float]] = {}
+            scores: dict[Schedule, list[list[float]]] = {}
+            for folder in own:
+                model = bench.model()
+                cell = attach(model, folder)
+                wanted = schedules(args.uniform, args.pairs, args.steps, cell.available)
+                for schedule, tokens in zip(wanted, bench.tokens_under(model, cell, wanted), strict=True):
+                    means = [average_bits(schedule.bits_of(len(ids))) for ids in tokens if len(ids) > 1]
+                    bits.setdefault(schedule, []).extend(means)
+                    texts = [bench.prompter.text(ids) for ids in tokens]
+                    scores.setdefault(schedule, []).append(bench.agreement(texts))
+            for schedule, found in scores.items():
+                score = bootstrap_statistic([(value, 1) for value in np.mean(found, axis=0)], mean, RESAMPLES, 0)
+                row = (name, schedule.name, f"{np.mean(bits[schedule]):.4f}", f"{score.value:.3f}", f"{score.low:.3f}",
+                       f"{score.high:.3f}", score.n, len(own), args.commit)  # fmt: skip
                 writer.writerow(row)
-                stream.flush()
                 sys.stdout.write(" ".join(map(str, row)) + "\n")
+            stream.flush()
 
 
 if __name__ == "__main__":

@@ -3,26 +3,33 @@
     python benchmarks/quantisers.py --data-root DIR                                all, three calibration seeds
     python benchmarks/quantisers.py --data-root DIR --quantizers anyprec joint --seeds 0 --windows 12 --prompts 0
     python benchmarks/quantisers.py --data-root DIR --device cuda --keep nested    leaves nested models there
+    for i in 1 2 3; do python benchmarks/quantisers.py --data-root DIR --work DIR --out FILE & done    shared out
 
 ``DIR`` holds ``c4/validation``, ``wikitext-2-raw-v1/test`` and ``cnn_dailymail/validation`` as ``.jsonl`` or
 ``.jsonl.gz``. Windows of C4 are of the rows whose role is perplexity, which share none with calibration
 (``pmpd.tasks.texts``); seed k calibrates on the k-th stretch of those rows. WikiText-2 is its rows joined by two
-line feeds, from the start. *Agreement* is ROUGE-L of the greedy answers to news prompts with the 16-bit model's, x 100,
-at the first seed. *True bits* are what a step at that precision reads a weight: planes, that precision's tables,
-outliers. *quantise_s* is the quantiser alone, tuning included, statistics not. Rows that the file has are kept.
+line feeds, from the start. *Agreement* is ROUGE-L of the greedy answers to news prompts with the 16-bit model's, x 100.
+*True bits* are what a step at that precision reads a weight: planes, that precision's tables, outliers. *quantise_s* is
+the quantiser alone, tuning included, statistics not. A quantiser's rows of a seed are added together, and those that
+the file has are kept. Precisions that tuning leaves as they are have the rows of what was tuned.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
+import itertools
+import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pmpd.decode import decode_schedules, window_nll
+from pmpd.locks import hold, holder
 from pmpd.metrics import perplexity, rouge_l
 from pmpd.models import attach, load_model, load_tokenizer, materialize, resolve
 from pmpd.quant import NestedWeight
@@ -54,6 +62,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "quantis
 HEADER = ("quantizer", "options", "bits", "true_bits", "corpus", "perplexity", "num_windows", "seed", "agreement",
           "quantise_s", "peak_gib", "commit")  # fmt: skip
 BITS = (2, 3, 4, 5, 6, 8)
+TUNED_BITS = (2, 3, 4)
 NEW_TOKENS = 64
 NEWS = "Summarize this news article in two or three short sentences.\n\nArticle: {document}\n\nSummary:"
 JOINT = {"focus_bits": 4, "high_share": 0.25, "damping": 0.01, "refits": 3, "sweeps": 2, "outlier_share": 0.0}
@@ -110,9 +119,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
         self.args, self.work = args, args.work or work
         self.work.mkdir(parents=True, exist_ok=True)
-        self.model_folder = work / "model"
-        if not (self.model_folder / "config.json").exists():
-            materialize(resolve(args.model), self.model_folder)
+        self.model_folder = self.work / "model"
+        with hold(self.work, "model", lambda: False):  # of processes that share the folder one makes it
+            if not (self.model_folder / "config.json").exists():
+                materialize(resolve(args.model), self.model_folder)
         self.tokenizer = load_tokenizer(self.model_folder)
         self.prompter = load_prompter(self.model_folder, "tokenizer", False)
         c4 = texts_of(args.data_root, "c4", "validation", ("text",))
@@ -132,7 +142,14 @@ class Bench:
             split="validation",
         )
         self.prompts = [self.prompter.ids(list(s.turns), []) for s in news][: args.prompts]
-        self.fp16 = self.answers(self.model(), None, FP16_BITS) if self.prompts else []
+        with hold(self.work, "answers", lambda: False):
+            self.fp16 = self._own_answers(self.work / f"answers-{args.prompts}.json")
+
+    def _own_answers(self, file: Path) -> list[str]:
+        if not file.exists():
+            answers = self.answers(self.model(), None, FP16_BITS) if self.prompts else []
+            file.write_text(json.dumps(answers), encoding="utf-8")
+        return list(json.loads(file.read_text(encoding="utf-8")))
 
     def cut(self, texts: list[str], count: int, tokens: int, role: str) -> Tensor:
         def encode(text: str) -> list[int]:
@@ -176,14 +193,17 @@ class Bench:
         folders = {name: self.work / f"{name}-{seed}" for name in ("texts", "sensitivity", "moments")}
         runtime = RuntimeConfig("float32", self.args.device)
         inputs = {"model": self.model_folder, **folders}
-        if not folders["texts"].exists():
-            for folder in folders.values():
-                folder.mkdir()
-            first = seed * self.args.calibration_windows
-            part = self.calibration[first : first + self.args.calibration_windows].clone()
-            save_file({"windows": part}, folders["texts"] / "windows.safetensors")
-            run_sensitivity(SensitivityConfig(runtime), inputs, folders["sensitivity"])
-            run_moments(MomentsConfig(runtime), inputs, folders["moments"])
+        made = self.work / f"statistics-{seed}"
+        with hold(self.work, made.name, made.exists) as own:
+            if own is not None and not made.exists():
+                for folder in folders.values():
+                    folder.mkdir(exist_ok=True)
+                first = seed * self.args.calibration_windows
+                part = self.calibration[first : first + self.args.calibration_windows].clone()
+                save_file({"windows": part}, folders["texts"] / "windows.safetensors")
+                run_sensitivity(SensitivityConfig(runtime), inputs, folders["sensitivity"])
+                run_moments(MomentsConfig(runtime), inputs, folders["moments"])
+                made.touch()
         return inputs
 
 
@@ -199,7 +219,9 @@ def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], 
     if (out / "seconds").exists():
         return float((out / "seconds").read_text())
     spent = quantize(quantizer.base, inputs, folder, device) if quantizer.base else 0.0
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists():  # of a killed run: resumed, its seconds would be too few
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
     start = time.perf_counter()
     untuned = folder(quantizer.base) if quantizer.base else out if not quantizer.tuning else out / "untuned"
     if not quantizer.base:
@@ -213,7 +235,7 @@ def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], 
             run_quantize_joint(QuantizeJointConfig(*common, **options), inputs, untuned)
     if quantizer.tuning:
         steps, rate = quantizer.tuning
-        config = TuneTablesConfig([2, 3, 4], steps, rate, 4, RuntimeConfig("float32", device))
+        config = TuneTablesConfig(list(TUNED_BITS), steps, rate, 4, RuntimeConfig("float32", device))
         run_tune_tables(config, {**inputs, "nested": untuned}, out)
     elif quantizer.base:
         refit = RefitTablesConfig(quantizer.options["refits"], JOINT["damping"], device)
@@ -223,17 +245,17 @@ def quantize(name: str, inputs: dict[str, Path], folder: Callable[[str], Path], 
     return spent
 
 
-def true_bits(folder: Path, bits: int) -> float:
-    """Mean over the weights of all layers."""
-    read = weights = 0.0
+def true_bits(folder: Path) -> dict[int, float]:
+    """By precision of :data:`BITS`, the mean over the weights of all layers."""
+    read, weights = dict.fromkeys(BITS, 0.0), 0
     for file in sorted(folder.glob("block_*.safetensors")):
         tensors = load_file(file)
         for name in {k.removesuffix(".planes") for k in tensors if k.endswith(".planes")}:
             weight = NestedWeight.from_tensors(tensors, name)
             count = weight.out_features * weight.in_features
-            read += count * weight.true_bits(bits)
             weights += count
-    return read / weights
+            read = {b: r + count * weight.true_bits(b) if b in weight.centroids else 0 for b, r in read.items()}
+    return {bits: total / weights for bits, total in read.items() if total}
 
 
 def peak_gib(device: str) -> float:
@@ -243,40 +265,112 @@ def peak_gib(device: str) -> float:
 
 
 class Table:
-    """The rows of a CSV file, which has them as soon as they are added."""
+    """The rows of a CSV file, which has them as soon as they are added. Several processes may write to it."""
 
     def __init__(self, file: Path, commit: str) -> None:
-        self.file = file
+        self.file, self.commit = file, commit
         file.parent.mkdir(parents=True, exist_ok=True)
-        rows = list(csv.DictReader(file.open(encoding="utf-8"))) if file.exists() else []
-        self.done = {(row["quantizer"], row["seed"]) for row in rows}
-        if not rows:
-            self._write(HEADER, "w")
-        self.commit = commit
+        with hold(file.parent, file.name, lambda: False):
+            if not file.exists() or not file.stat().st_size:
+                self._write([HEADER])
 
-    def add(self, *values: Any) -> None:
-        shown = [
-            f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value) for value in values
-        ]
-        self._write((*shown, self.commit), "a")
-        sys.stdout.write(" ".join(f"{value:>10}" for value in shown) + "\n")
+    def has(self, quantizer: str, seed: int | str, bits: int | None = None) -> bool:
+        """Rows of that quantiser and seed, at ``bits`` or any."""
+        with self.file.open(encoding="utf-8") as stream:
+            found = {(row["quantizer"], row["seed"], bits and row["bits"]) for row in csv.DictReader(stream)}
+        return (quantizer, str(seed), bits and str(bits)) in found
+
+    def add(self, rows: list[tuple[Any, ...]]) -> None:
+        """What belongs together: a killed run leaves all of it or nothing."""
+        self._write([(*map(shown, row), self.commit) for row in rows])
+
+    def _write(self, rows: list[tuple[str, ...]]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with self.file.open("a", newline="", encoding="utf-8") as stream:
+            stream.write(text.getvalue())
+        sys.stdout.write(text.getvalue())
         sys.stdout.flush()
 
-    def _write(self, row: tuple[str, ...], mode: str) -> None:
-        with self.file.open(mode, newline="", encoding="utf-8") as stream:
-            csv.writer(stream, lineterminator="\n").writerow(row)
+
+def shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def measured(
-    bench: Bench, model: Any, cell: Any, bits: int, prompts: bool
-) -> Iterator[tuple[str, float, float | None]]:
-    """(corpus, perplexity, agreement) at ``bits``."""
+Found = list[tuple[str, float, float | None]]
+"""(corpus, perplexity, agreement) of a model at a precision."""
+
+
+def measured(bench: Bench, model: Any, cell: Any, bits: int) -> Found:
     agreement = None
-    if prompts and bench.prompts:
+    if bench.prompts:
         scores = bench.agreement(bench.answers(model, cell, bits))
         agreement = sum(scores) / len(scores)
-    for corpus, cut in bench.corpora.items():
-        yield corpus, perplexity(window_nll(model, cell, cut, bits, batch_size=4)), agreement
+    return [
+        (corpus, perplexity(window_nll(model, cell, cut, bits, batch_size=4)), agreement)
+        for corpus, cut in bench.corpora.items()
+    ]
+
+
+def chains(names: list[str]) -> list[list[str]]:
+    """``names`` in lists that begin with one made from nothing else in them, and go on with what is made from it."""
+    found: list[list[str]] = []
+    for name in names:
+        own = next((chain for chain in found if QUANTIZERS[name].base in chain), None)
+        if own is None:
+            found.append([name])
+        else:
+            own.append(name)
+    return found
+
+
+def measure_chain(bench: Bench, table: Table, names: list[str], seed: int) -> None:
+    """Quantise and measure what the table lacks of ``names``."""
+    args, seen = bench.args, dict[tuple[str | None, int], Found]()
+    inputs = bench.statistics(seed)
+
+    def folder(name: str) -> Path:
+        return Path(args.keep or bench.work) / f"{name}-{seed}"
+
+    for name in (name for name in names if not table.has(name, seed)):
+        quantizer = QUANTIZERS[name]
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        quantise_s = round(quantize(name, inputs, folder, args.device), 1)
+        peak = round(peak_gib(args.device), 2)
+        model = bench.model()
+        cell = attach(model, folder(name))
+        rows: list[tuple[Any, ...]] = []
+        for bits, read in true_bits(folder(name)).items():
+            if quantizer.tuning and bits not in TUNED_BITS and (quantizer.base, bits) in seen:
+                found = seen[quantizer.base, bits]
+            else:
+                found = measured(bench, model, cell, bits)
+                cell.drop(bits)
+            seen[name, bits] = found
+            rows += [
+                (name, quantizer.describe(), bits, read, corpus, value, args.windows, seed, agreement, quantise_s, peak)
+                for corpus, value, agreement in found
+            ]
+        table.add(rows)
+
+
+def has_all(table: Table, names: list[str], seed: int) -> bool:
+    return all(table.has(name, seed) for name in names)
+
+
+def measure_fp16(bench: Bench, table: Table) -> None:
+    found = measured(bench, bench.model(), None, FP16_BITS)
+    table.add([("fp16", "", FP16_BITS, 16.0, c, v, bench.args.windows, "", a, None, None) for c, v, a in found])
+
+
+def share(bench: Bench, name: str, done: Callable[[], bool], work: Callable[[], None]) -> None:
+    """Do the ``work`` called ``name`` unless it is done, or another process with the same work folder is at it."""
+    if done() or holder(bench.work, name) is not None:
+        return
+    with hold(bench.work, name, done) as own:
+        if own is not None:
+            work()
 
 
 def main() -> None:
@@ -287,32 +381,11 @@ def main() -> None:
     table = Table(args.out, args.commit)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(args, Path(scratch))
-        if ("fp16", "") not in table.done:
-            for corpus, value, agreement in measured(bench, bench.model(), None, FP16_BITS, True):
-                table.add("fp16", "", FP16_BITS, 16.0, corpus, value, args.windows, "", agreement, None, None)
-        for seed in args.seeds:
-            inputs = bench.statistics(seed)
-            root = args.keep or bench.work
 
-            def folder(name: str, root: Path = root, seed: int = seed) -> Path:
-                return Path(root) / f"{name}-{seed}"
-
-            for name in args.quantizers:
-                if (name, str(seed)) in table.done:
-                    continue
-                if args.device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                quantise_s = quantize(name, inputs, folder, args.device)
-                peak = peak_gib(args.device)
-                model = bench.model()
-                cell = attach(model, folder(name))
-                for bits in (b for b in BITS if b <= QUANTIZERS[name].parent_bits):
-                    read = true_bits(folder(name), bits)
-                    for corpus, value, agreement in measured(bench, model, cell, bits, seed == args.seeds[0]):
-                        options = QUANTIZERS[name].describe()
-                        table.add(name, options, bits, read, corpus, value, args.windows, seed, agreement,
-                                  round(quantise_s, 1), round(peak, 2))  # fmt: skip
-                    cell.drop(bits)
+        for seed, names in itertools.product(args.seeds, chains(args.quantizers)):
+            share(bench, f"{names[0]}-{seed}", partial(has_all, table, names, seed),
+                  partial(measure_chain, bench, table, names, seed))  # fmt: skip
+        share(bench, "fp16", partial(table.has, "fp16", ""), partial(measure_fp16, bench, table))
 
 
 def parser(description: str | None, out: Path) -> argparse.ArgumentParser:

@@ -188,6 +188,18 @@ def test_any_moment_is_handled(kind: str) -> None:
     assert float((quantized.dequantize(8).float() - weight).abs().max()) < 0.05
 
 
+def test_under_a_moment_of_low_rank_with_dead_inputs_it_loses_less_than_k_means() -> None:
+    weight, moment = layer(rows=24, rank=8)
+    moment[:, 10:20] = 0
+    moment[10:20] = 0
+    assert int(torch.linalg.matrix_rank(moment.double(), rtol=1e-5)) == 8  # of float32 products
+    own = quantize_jointly(weight, moment, parent_bits=4)
+    plain = quantize_weight(weight, damped(moment, 0.01).diagonal().expand_as(weight), parent_bits=4)
+    for bits in PRECISIONS:  # under the moment as it is, without damping
+        ours, theirs = (row_losses(weight, q.dequantize(bits).float(), moment).sum() for q in (own, plain))
+        assert ours < 0.5 * theirs
+
+
 def test_the_scale_of_the_moment_does_not_matter() -> None:
     weight, moment = layer(rows=4)
     one, other = (quantize_jointly(weight, moment * scale, parent_bits=4) for scale in (1, 1024))

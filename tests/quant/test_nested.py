@@ -1,3 +1,4 @@
+import itertools
 from itertools import pairwise
 from pathlib import Path
 
@@ -166,6 +167,25 @@ def test_a_weight_survives_a_file(tmp_path: Path, group_size: int | None) -> Non
     assert list(loaded.centroids) == list(range(2, 9))
     for bits in range(2, 9):
         assert torch.equal(loaded.dequantize(bits), quantized.dequantize(bits))
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_unsorted_tables_load_and_decode_right(tmp_path: Path, group_size: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = 1 if group_size is None else 3
+    codes = torch.randint(0, 32, (4, 40), generator=generator)
+    tables = {b: torch.randn(4, groups, 1 << b, generator=generator).half() for b in range(2, 6)}
+    assert all((table.diff(dim=2) < 0).any() for table in tables.values())
+    made = NestedWeight(pack(codes.to(torch.uint8), 5), tables, 40, group_size)
+    save_file(made.to_tensors("a"), tmp_path / "x.safetensors")
+    loaded = NestedWeight.from_tensors(load_file(tmp_path / "x.safetensors"), "a")
+    for bits in range(2, 6):
+        expected = torch.empty(4, 40, dtype=torch.float16)
+        for row, column in itertools.product(range(4), range(40)):
+            group = 0 if group_size is None else column // group_size
+            expected[row, column] = tables[bits][row, group, codes[row, column] >> (5 - bits)]
+        assert torch.equal(loaded.dequantize(bits), expected)
+        assert torch.equal(loaded.prefix(bits).dequantize(bits), expected)
 
 
 def test_a_missing_tensor_is_named() -> None:

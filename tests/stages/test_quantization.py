@@ -4,9 +4,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pmpd.models import LazyWeights, linear_names
-from pmpd.quant import NestedWeight, quantize_weight
+from pmpd.quant import NestedWeight, quantize_jointly, quantize_weight
 from pmpd.stages.calibration import by_block, shard
-from pmpd.stages.quantization import QuantizeConfig, run_quantize
+from pmpd.stages.quantization import QuantizeConfig, QuantizeJointConfig, run_quantize, run_quantize_joint
 
 
 def test_an_error_counts_the_chosen_power_of_its_sensitivity(tmp_path: Path, tiny_llama: Path) -> None:
@@ -27,3 +27,35 @@ def test_an_error_counts_the_chosen_power_of_its_sensitivity(tmp_path: Path, tin
         expected = quantize_weight(weights.weight(name).float(), sensitivity.sqrt(), seed_bits=2, parent_bits=3)
         found = NestedWeight.from_tensors(tensors, name)
         assert torch.equal(found.planes, expected.planes)
+
+
+def test_the_joint_stage_takes_layers_one_by_one_and_keeps_blocks_that_are_done(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    statistics, out = tmp_path / "moments", tmp_path / "nested"
+    statistics.mkdir()
+    out.mkdir()
+    weights = LazyWeights(tiny_llama)
+    generator = torch.Generator().manual_seed(0)
+    blocks = by_block(linear_names(tiny_llama, False))
+    moments = {}
+    for block, names in blocks.items():
+        inputs = {n: torch.randn(200, weights.weight(n).shape[1], generator=generator) for n in names}
+        own = {n: x.T @ x for n, x in inputs.items()}
+        save_file(own, statistics / shard(block))
+        moments |= own
+    inputs = {"model": tiny_llama, "moments": statistics}
+    config = QuantizeJointConfig(2, 4, None, 4, 0.25, 0.01, 3, 2, 0.0, "cpu", False)
+    run_quantize_joint(config, inputs, out)
+    for block, names in blocks.items():
+        tensors = load_file(out / shard(block))
+        for name in names:
+            expected = quantize_jointly(weights.weight(name).float(), moments[name], parent_bits=4)
+            assert torch.equal(NestedWeight.from_tensors(tensors, name).planes, expected.planes)
+    first, last = (out / shard(block) for block in (min(blocks), max(blocks)))
+    assert first != last
+    written, made = first.stat().st_mtime_ns, last.read_bytes()
+    last.unlink()
+    run_quantize_joint(config, inputs, out)  # as after a kill in the last block
+    assert first.stat().st_mtime_ns == written
+    assert last.read_bytes() == made
