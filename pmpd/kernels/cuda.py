@@ -3,17 +3,20 @@
 ``device.py`` has the storage, ``product.py`` the launches, ``nested_*.cu`` the kernels. Nothing here knows layers or
 models.
 
-The design. A table's entries are 16-bit integers of their row's scale and offset, kept as high and low bytes; an input
-is a 16-bit integer of the scale of its part of the columns, kept as two signed base-256 digits. ``prmt`` (byte
-permute) looks up four weights' bytes in a table that lies in registers, and its result is an operand of the integer
-tensor cores as it stands: nothing is converted, sums are exact, and the eight columns of an ``mma`` hold the digits of
-four rows of x for the price of one. At 4 and 5 bits a row has two and four tables of eight entries; ``prmt`` yields
-zero for the wrong ones (its sign mode, on digits of seven bits), and the tensor cores add all. From 6 bits on entries
-are looked up in shared memory.
+An input is a 16-bit integer of the scale of its part of the columns, so sums are exact. Two methods, each with its
+integer tensor-core instruction, of which ``launch.choose`` takes the faster; ``docs/kernels.md`` has counts and times.
 
-Integer instructions a weight (of the machine code for sm_90; an H100 at its memory ceiling of 3.0 TB/s has time for
-1.2 / 1.8 / 2.5 / 3.1 at 2 / 3 / 4 / 5 bits): permutes 0.5 / 0.5 / 1.0 / 2.0, selectors (shift, mask, merge) 0.3 / 0.5 /
-0.7 / 1.7. Bytes a weight: b / 8, and nothing else of the planes is read.
+By look-up: a table's entries are 16-bit integers of their row's scale and offset, kept as high and low bytes, an input
+two signed base-256 digits. ``prmt`` (byte permute) looks up four weights' bytes in a table that lies in registers, and
+its result is an operand as it stands. The eight columns of an ``mma`` hold the digits of four rows of x for the price
+of one. At 4 and 5 bits a row has two and four tables of eight entries; ``prmt`` yields zero for the wrong ones (its sign
+mode, on digits of seven bits), and the tensor cores add all. From 6 bits on entries are looked up in shared memory.
+
+By bit planes, up to 4 bits and for few rows of x: a table of b bits is a polynomial of the code's bits, so a row times x
+is a sum over sets of planes of a coefficient times a count of bits that the AND of these planes shares with a plane of
+x. Nothing is looked up.
+
+Bytes a weight: b / 8, and nothing else of the planes is read.
 
 Where programs may overlap (compute capability 9.0 on), weights are asked for while the kernel before still computes
 ("programmatic dependent launch"). Weights must therefore not be written by the kernels just before; ``prepare`` waits.
