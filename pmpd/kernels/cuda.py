@@ -9,12 +9,13 @@ integer tensor-core instruction, of which ``launch.choose`` takes the faster; ``
 By look-up: a table's entries are 16-bit integers of their row's scale and offset, kept as high and low bytes, an input
 two signed base-256 digits. ``prmt`` (byte permute) looks up four weights' bytes in a table that lies in registers, and
 its result is an operand as it stands. The eight columns of an ``mma`` hold the digits of four rows of x for the price
-of one. At 4 and 5 bits a row has two and four tables of eight entries; ``prmt`` yields zero for the wrong ones (its sign
-mode, on digits of seven bits), and the tensor cores add all. From 6 bits on entries are looked up in shared memory.
+of one. At 4 and 5 bits a row has two and four tables of eight entries; ``prmt`` yields zero for the wrong ones (its
+sign mode, on digits of seven bits), and the tensor cores add all. From 6 bits on entries are looked up in shared
+memory.
 
-By bit planes, up to 4 bits and for few rows of x: a table of b bits is a polynomial of the code's bits, so a row times x
-is a sum over sets of planes of a coefficient times a count of bits that the AND of these planes shares with a plane of
-x. Nothing is looked up.
+By bit planes, up to 4 bits and for few rows of x: a table of b bits is a polynomial of the code's bits, so a row times
+x is a sum over sets of planes of a coefficient times a count of the bits that the AND of these planes shares with a
+plane of x. Nothing is looked up.
 
 Bytes a weight: b / 8, and nothing else of the planes is read.
 
