@@ -9,7 +9,7 @@ import pytest
 from pipelines import dispatch
 from pipelines.dispatch import Dispatcher, Phase, jobs_for
 from pipelines.engines import needs_of
-from pipelines.jobs import Build, RefusedError, State
+from pipelines.jobs import Build, ImpossibleError, RefusedError, State
 from pipelines.screen import CellView, Screen, duration
 from pmpd.artifacts import Node, Store, write_json
 from pmpd.config import LauncherConfig, LauncherKind, NeedsConfig
@@ -193,6 +193,42 @@ def test_a_refused_job_waits_and_is_given_up_only_after_many_refusals(store, mon
     assert {j.phase for j in jobs.values()} == {Phase.done if done else Phase.failed}
     assert {j.error for j in jobs.values()} == {"" if done else "refused: sbatch: job limit reached"}
     assert {j.attempts for j in jobs.values()} == {int(done)}
+
+
+def test_a_job_that_is_never_taken_fails_at_once_and_the_others_go_on(store):
+    class Picky(ListEngine):
+        def submit(self, job, needs):
+            if job.node.config["name"] == "bad":
+                raise ImpossibleError("sbatch: Invalid account")
+            return super().submit(job, needs)
+
+    bad, good = node("bad"), node("good")
+    after = node("after", bad=bad)
+    engine = Picky(store, {})
+    jobs = jobs_for([after, good], store)
+    Dispatcher(store, LAUNCHER, engine, lambda n: store.materialize(n, write)).run(jobs)
+    assert engine.started == ["good"]
+    assert jobs[bad.key].error == store.failure(bad) == "refused: sbatch: Invalid account"
+    assert jobs[after.key].error == f"big {bad.key}: refused: sbatch: Invalid account"
+    assert jobs[good.key].phase is Phase.done
+
+
+def test_a_job_that_waits_in_vain_is_cancelled_and_not_given_again(store):
+    class Stuck(ListHandle):
+        def state(self):
+            return State.stuck if self.job.node.config["name"] == "bad" else super().state()
+
+    class Waits(ListEngine):
+        def submit(self, job, needs):
+            super().submit(job, needs)
+            return Stuck(self, job)
+
+    engine = Waits(store, {})
+    jobs = jobs_for([node("bad"), node("good")], store)
+    Dispatcher(store, LAUNCHER, engine, lambda n: store.materialize(n, write)).run(jobs)
+    assert sorted(engine.started) == ["bad", "cancelled", "good"]
+    assert jobs[node("bad").key].error == store.failure(node("bad")) == "never started; see its log"
+    assert jobs[node("good").key].phase is Phase.done
 
 
 def test_an_interrupted_sweep_cancels_its_jobs(store):
