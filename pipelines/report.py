@@ -136,19 +136,19 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
             text += f"\n\n{LINEARS}:\n\n{linears_table(group[0].linears)}"
         texts.append(text)
         stem = f"{model}_{task}"
-        drawings.draw(draw_quality, group, name=f"quality_{stem}.png")
+        drawings.add(draw_quality, group, name=f"quality_{stem}.png")
         if len(group) > MANY:
-            drawings.draw(draw_cells, group, name=f"cells_{stem}.png")
+            drawings.add(draw_cells, group, name=f"cells_{stem}.png")
         curves = [r for r in group if r.switch_curve and len(r.levels) == 2]
         if curves:
             best = next((r for r in curves if r.fit_curve), curves[0])
-            drawings.draw(draw_switch_steps, best, name=f"switch_step_{stem}.png")
+            drawings.add(draw_switch_steps, best, name=f"switch_step_{stem}.png")
     for model in dict.fromkeys(r.model for r in records):
         record = next(r for r in records if r.model == model)
-        drawings.draw(draw_perplexity, record.perplexity_curve, record.tolerance, model, name=f"perplexity_{model}.png")
+        drawings.add(draw_perplexity, record.perplexity_curve, record.tolerance, model, name=f"perplexity_{model}.png")
         table = perplexity_table(record.perplexity_curve, record.tolerance)
         texts.append(f"## {model}, perplexity\n\n{table}\n\n{PERPLEXITY}")
-    drawings.close()
+    drawings.draw()
     if missing:
         rows = [[cell.command, " ".join(cell.reason.split()).replace("|", "/")] for cell in missing]
         texts.append(f"## Missing\n\n{markdown_table(['filled by', 'why it is missing'], rows)}")
