@@ -38,6 +38,7 @@ from pmpd.report import (
     draw_switch_steps,
     linears_table,
     markdown_table,
+    one_each_model,
     perplexity_table,
     summary_table,
     tidy,
@@ -109,7 +110,7 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
         the tables as Markdown.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tidy(list(records)).to_csv(out / "results.csv", index=False)
+    tidy(records).to_csv(out / "results.csv", index=False)
     groups: dict[tuple[str, str], list[CellRecord]] = {}
     for record in records:
         group = groups.setdefault((record.model, record.task), [])
@@ -143,11 +144,10 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
         if curves:
             best = next((r for r in curves if r.fit_curve), curves[0])
             drawings.add(draw_switch_steps, best, name=f"switch_step_{stem}.png")
-    for model in dict.fromkeys(r.model for r in records):
-        record = next(r for r in records if r.model == model)
-        drawings.add(draw_perplexity, record.perplexity_curve, record.tolerance, model, name=f"perplexity_{model}.png")
-        table = perplexity_table(record.perplexity_curve, record.tolerance)
-        texts.append(f"## {model}, perplexity\n\n{table}\n\n{PERPLEXITY}")
+    for record in one_each_model(records):
+        model, curve = record.model, record.perplexity_curve
+        drawings.add(draw_perplexity, curve, record.tolerance, model, name=f"perplexity_{model}.png")
+        texts.append(f"## {model}, perplexity\n\n{perplexity_table(curve, record.tolerance)}\n\n{PERPLEXITY}")
     drawings.draw()
     if missing:
         rows = [[cell.command, " ".join(cell.reason.split()).replace("|", "/")] for cell in missing]

@@ -28,6 +28,7 @@ from pipelines.preflight import PreflightError
 from pipelines.report import report
 from pipelines.run import run_cell
 from pipelines.schema import register
+from pipelines.store import main as look
 from pmpd.artifacts import Store
 from pmpd.config import ConfigError
 from pmpd.kernels import CudaUnavailableError
@@ -130,6 +131,24 @@ def test_a_second_run_builds_nothing(store, tiny_llama, tmp_path, caplog):
     assert "cached" in caplog.text
     again = (tmp_path / "again" / "results.csv").read_text()
     assert again == (store.parent / "learned" / "results.csv").read_text()
+
+
+def test_every_number_of_a_report_leads_back_to_weights_and_data(store, capsys):
+    for scheduler in ("static", "learned"):
+        table = store.parent / scheduler / "results.csv"
+        frame = pd.read_csv(table)
+        assert frame.key.notna().all()
+        for line in frame.drop_duplicates("key").index:
+            assert look(["why", f"{table}:{line + 2}", "--store", str(store)]) == 0
+            said = capsys.readouterr().out
+            assert "model: source " in said
+            assert "not in this store" not in said
+        assert {p.parent.name for key in set(frame.key) for p in store.glob(f"*/{key}")} == {
+            "search",
+            "evaluate",
+            "estimate",
+            "latency",
+        }
 
 
 def test_explicit_precisions_and_those_of_the_search_share_artifacts(store, tiny_llama):
