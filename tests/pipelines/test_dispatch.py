@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import dispatch
-from pipelines.dispatch import Dispatcher, Phase, jobs_for
+from pipelines.dispatch import Dispatcher, Job, Phase, jobs_for
 from pipelines.engines import needs_of
 from pipelines.jobs import Build, ImpossibleError, RefusedError, State
 from pipelines.screen import CellView, Screen, duration
@@ -257,10 +257,13 @@ def test_the_screen_counts_cells_and_estimates_from_what_stages_took(store):
     cells = [CellView(n, frozenset({t.key, shared.key})) for n, t in targets.items()] + [CellView("c", frozenset())]
     screen = Screen(cells, jobs, {})
     assert screen.counts() == {"cached": 1, "done": 0, "running": 0, "waiting": 2, "failed": 0}
-    assert screen.left_s() is None
+    assert screen.left() == "", "nothing ever ran"
     first = jobs[shared.key]
     first.phase, first.started, first.ended = Phase.done, 100.0, 130.0
-    assert screen.left_s() == pytest.approx(60)
+    assert screen.left_s() == (pytest.approx(60), True)
+    jobs["new"] = Job(node("new", stage="never"), frozenset())
+    assert screen.left() == "over 60 s left"
+    del jobs["new"]
     jobs[targets["a"].key].phase = Phase.failed
     assert screen.counts() == {"cached": 1, "done": 0, "running": 1, "waiting": 0, "failed": 1}
     assert screen.line() == "cells: 1 cached, 1 running, 1 failed; jobs 1/3; 30 s left"
