@@ -15,7 +15,7 @@ from pipelines.schema import register
 from pmpd.artifacts import Store
 from pmpd.config import from_omegaconf
 from tests.pipelines.cells import tiny
-from tests.test_tracking import items, wandb_records
+from tests.tracking.offline import items, wandb_records
 
 REPOSITORY = CONF.parent
 
