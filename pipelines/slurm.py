@@ -33,9 +33,10 @@ may pass: an overloaded Slurm says all kinds of things."""
 class Submitted:
     """A job of submitit's. Its result is not asked for: Slurm's accounting, which that may need, is often off."""
 
-    def __init__(self, job: Any, queue: Queue) -> None:
+    def __init__(self, job: Any, queue: Queue, asked: str) -> None:
         self.job = job
         self.queue = queue
+        self.asked = asked
 
     def state(self) -> State:
         done = self.job.paths.result_pickle.exists()
@@ -43,7 +44,7 @@ class Submitted:
 
     def said(self) -> str:
         reason = self.queue.reason(self.job.job_id)
-        return f"Slurm: {reason}" if reason else f"what it printed: {self.job.paths.stderr}"
+        return f"Slurm: {reason} ({self.asked})" if reason else f"what it printed: {self.job.paths.stderr}"
 
     def cancel(self) -> None:
         self.job.cancel(check=False)
@@ -124,19 +125,20 @@ class Slurm:
         self.executor.update_parameters(**parameters)
         from submitit.core.utils import FailedJobError
 
+        asked = (
+            f"asked for cpus={needs.cpus} gpus={needs.gpus} memory_gib={needs.memory_gib:g} minutes={needs.minutes} of "
+            f"launcher.partition={self.config.partition}, launcher.options={dict(self.config.options)}; "
+            f"launcher.stages.{job.node.stage} changes it"
+        )
         try:
             submitted = self.executor.submit(job)
         except FailedJobError as error:
             words = "; ".join(_refusal(str(error)))
             if _is_final(error):
-                asked = f"cpus={needs.cpus} gpus={needs.gpus} memory_gib={needs.memory_gib:g} minutes={needs.minutes}"
-                raise ImpossibleError(
-                    f"sbatch: {words} (asked for {asked}, launcher.partition={self.config.partition}, "
-                    f"launcher.options={dict(self.config.options)}; launcher.stages.{job.node.stage} changes it)"
-                ) from error
+                raise ImpossibleError(f"sbatch: {words} ({asked})") from error
             raise RefusedError(f"sbatch: {words}") from error
         self.queue.add(submitted.job_id)
-        return Submitted(submitted, self.queue)
+        return Submitted(submitted, self.queue, asked)
 
     def close(self) -> None:
         pass

@@ -22,10 +22,11 @@ RUNNING = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
 ORDINARY = ("None", "(null)", "Priority", "Resources", "BeginTime", "Cleaning", "Prolog")
 """Reasons for waiting that pass without anybody; another one is said."""
 HOPELESS = re.compile(
-    r"PartitionTimeLimit|BadConstraints|DependencyNeverSatisfied|ReservationDeleted|Invalid(Account|QOS)"
+    r"Partition(TimeLimit|Config)|BadConstraints|DependencyNeverSatisfied|ReservationDeleted|Invalid(Account|QOS)"
     r"|(Account|QOS)NotAllowed|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?|QOSMin\w+|MaxMemPerLimit|DeadLine"
 )
-"""Reasons that stand until a person changes the job or the cluster (squeue(1), JOB REASON CODES)."""
+"""Reasons that stand until a person changes the job or the cluster (squeue(1), JOB REASON CODES). A job that asks for
+more cores than any node has is taken by sbatch (22.05) and is of ``PartitionConfig``."""
 HOPELESS_S = 600.0
 """A job is given up when such a reason has stood for so long: enough to mend it by ``scontrol update``."""
 

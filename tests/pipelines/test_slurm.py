@@ -91,7 +91,8 @@ def test_what_may_pass_is_waited_for_and_said_where_it_is_not_the_queue_alone(mo
 
 
 @pytest.mark.parametrize(
-    "reason", ["AssocMaxWallDurationPerJobLimit", "QOSMaxMemoryPerNode", "QOSMinGRES", "BadConstraints"]
+    "reason",
+    ["AssocMaxWallDurationPerJobLimit", "QOSMaxMemoryPerNode", "QOSMinGRES", "BadConstraints", "PartitionConfig"],
 )
 def test_limits_on_a_job_alone_do_not_pass(monkeypatch, reason):
     fake = FakeSqueue(monkeypatch)
