@@ -171,20 +171,24 @@ def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
     cells, configs = compose_grid(overrides)
     out = out or PAPER / configs[0].run_name
     done = report_cells(cells, configs, out)
-    send(out, configs[0].run_name, overrides, done.missing)
+    send(out, configs[0].run_name, commands_of(overrides, done.missing))
     return done.missing
 
 
-def send(out: Path, title: str, overrides: Sequence[str], missing: Sequence[Missing]) -> None:
+def send(out: Path, title: str, commands: Sequence[str]) -> None:
     """The report as files to send: CSV and LaTeX of each table, and one page with the commands that make it again."""
     if not (out / "table.md").exists():
         return
+    page = export(out, title, commands, versions())
+    log.info("to send to somebody: %s; every table also as CSV and LaTeX beside it", page)
+
+
+def commands_of(overrides: Sequence[str], missing: Sequence[Missing]) -> list[str]:
+    """What makes a grid, what reports it, and what fills each of its missing cells."""
     given = shlex.join(overrides)
     sweeps = "" if any(o.startswith("experiment=") for o in overrides) else "-m "
     commands = [f"python pipelines/run.py {sweeps}{given}", f"python pipelines/report.py {given}"]
-    commands += [f"{cell.command}  # missing: {cell.reason}" for cell in missing]
-    page = export(out, title, commands, versions())
-    log.info("to send to somebody: %s; every table also as CSV and LaTeX beside it", page)
+    return commands + [f"{cell.command}  # missing: {cell.reason}" for cell in missing]
 
 
 def versions() -> dict[str, str]:

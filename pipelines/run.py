@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.jobs import set_threads
 from pipelines.plan import BASELINES, Cell, Planner
 from pipelines.preflight import cells_of, check_disk, check_sources, describe
-from pipelines.report import write_report
+from pipelines.report import send, write_report
 from pipelines.schema import register
 from pipelines.sweep import build_cell
 from pipelines.track import Tracking
@@ -127,7 +128,10 @@ def main(node: DictConfig) -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        run_cell(from_omegaconf(node), Path(HydraConfig.get().runtime.output_dir))
+        config, own = from_omegaconf(node), HydraConfig.get()
+        out = Path(own.runtime.output_dir)
+        run_cell(config, out)
+        send(out, config.run_name, [f"python pipelines/run.py {shlex.join(own.overrides.task)}"])
     except ANSWERED as error:
         sys.exit(answer(error))
 

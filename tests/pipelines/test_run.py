@@ -323,6 +323,9 @@ def test_a_run_stopped_in_a_stage_goes_on_and_ends_bit_identical(tiny_llama, tmp
     [texts] = [p for p in (tmp_path / "store").glob("sensitivity/*/artifact.json") if p.stat().st_mtime < killed]
     assert f"sensitivity {texts.parent.name} cached" in " ".join(done.stdout.split())
     assert identical(tmp_path / "store", store) >= 8
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "python pipelines/run.py model=hf" in page
+    assert list((tmp_path / "out").glob("table_1_*.tex"))
 
 
 def test_a_users_mistake_is_one_line_not_a_traceback(tmp_path):
