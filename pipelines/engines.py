@@ -153,7 +153,11 @@ class Ray:
             log.warning(
                 "%s waits for a node with cpus=%d gpus=%d memory_gib=%g, which Ray has not now; "
                 "launcher.stages.%s.memory_gib, launcher.max_cpus, launcher.max_memory_gib ask for less",
-                *(job.name, needs.cpus, needs.gpus, needs.memory_gib, job.node.stage),
+                job.name,
+                needs.cpus,
+                needs.gpus,
+                needs.memory_gib,
+                job.node.stage,
             )
         remote = self.ray.remote(_call).options(
             name=job.name, num_cpus=needs.cpus, num_gpus=needs.gpus, memory=asked["memory"], max_retries=0
