@@ -328,6 +328,14 @@ def test_a_run_stopped_in_a_stage_goes_on_and_ends_bit_identical(tiny_llama, tmp
     assert list((tmp_path / "out").glob("table_1_*.tex"))
 
 
+def test_planning_and_reporting_import_no_model_code():
+    asked = (
+        "import sys, pipelines.run; print('transformers.modeling_utils' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
 def test_a_users_mistake_is_one_line_not_a_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "pipelines/run.py", "model.low_bits=7", f"hydra.run.dir={tmp_path}"],
