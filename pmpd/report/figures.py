@@ -158,7 +158,9 @@ def save(figure: Figure, path: Path) -> None:
     assert layout is not None
     layout.execute(figure)  # once, and without the drawing of it all that a canvas does for a layout
     figure.set_layout_engine(None)
-    figure.savefig(path.with_suffix(".png"), dpi=160)
+    figure.savefig(
+        path.with_suffix(".png"), dpi=160, pil_kwargs={"compress_level": 1}
+    )  # a sixth larger, a tenth sooner
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
