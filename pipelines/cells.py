@@ -41,7 +41,7 @@ def cell_records(cells: Sequence[Cell], store: Store) -> list[CellRecord]:
                 results=results,
                 switch_curve=_curve(store, cell.evaluation, "switch_step"),
                 fit_curve=_curve(store, cell.fit, "switch_step"),
-                perplexity_curve=_curve(store, cell.search, "perplexity"),
+                perplexity_curve=[r | {"key": cell.search.key} for r in _curve(store, cell.search, "perplexity")],
                 linears=_read_rows(store, cell.linears)[1] if cell.linears else [],
                 tolerance=cell.config.budget.search_tolerance,
                 note=note(cell, store),

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 from pipelines.learning import labels, network
 from pipelines.quantised import sensitivity
 from pmpd.artifacts import Input, Node
-from pmpd.config import UNIFORM, Config, Level, SchedulerKind, given_steps, grid, max_new_tokens
+from pmpd.config import (
+    UNIFORM,
+    Config,
+    Level,
+    SchedulerKind,
+    check_dense_sparse,
+    given_steps,
+    grid,
+    max_new_tokens,
+)
 from pmpd.records import FP16_BITS, Schedule, class_schedules, pattern_schedule, schedule_family
 from pmpd.schedulers import Setting, build, check_options, trained_for
 from pmpd.stages.decide import DECIDE, DecideConfig
@@ -210,6 +219,7 @@ def _policy(of: Choosing) -> Choice:
 def _dense_sparse(of: Choosing) -> Choice:
     planner, scheduler, quantizer = of.planner, of.config.scheduler, of.config.quantizer
     assert scheduler.target is not None
+    check_dense_sparse(of.config)
     matched = choose(dataclasses.replace(of, config=dataclasses.replace(of.config, scheduler=scheduler.target)))
     model = DENSE_SPARSE.node(
         DenseSparseConfig(
@@ -226,7 +236,6 @@ def _dense_sparse(of: Choosing) -> Choice:
         sensitivity=sensitivity(planner.model, planner.calibration, planner.runtime),
         rollouts=of.rollouts,
         **matched.inputs,
-        **planner.outliers(),
     )
     low = Schedule.uniform(of.precisions.low)
     own = planner.rollout(of.prompts, [low], planner.max_new_tokens, model)

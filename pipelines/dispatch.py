@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 
 from pipelines.engines import needs_of
-from pipelines.jobs import Build, Engine, Handle, RefusedError, State
+from pipelines.jobs import Build, Engine, Handle, ImpossibleError, RefusedError, State
 from pmpd.artifacts import DamagedArtifactError, Node, Store, StoreError
 from pmpd.config import LauncherConfig
 
@@ -175,6 +175,9 @@ class Dispatcher:
         except RefusedError as error:
             self._refuse(job, str(error))
             return
+        except ImpossibleError as error:
+            self._give_up(job, f"refused: {error}")
+            return
         job.attempts += 1
         self._refusals = 0
         log.debug("%s submitted", job.label)
@@ -184,8 +187,7 @@ class Dispatcher:
         job.refused += 1
         self._refusals = 0 if self._handles else self._refusals + 1
         if self._refusals > REFUSALS:
-            self.store.note_failure(job.node, f"refused: {words}")
-            self._end(job, f"refused: {words}")
+            self._give_up(job, f"refused: {words}")
             return
         self._refused_until = time.monotonic() + REFUSED_PAUSE_S
         log.warning("%s was refused (%s); tried again in %.0f s", job.label, words, REFUSED_PAUSE_S)
@@ -208,6 +210,10 @@ class Dispatcher:
             job, state = jobs[key], handle.state()
             if state is State.running and job.phase is Phase.waiting:
                 self._change(job, Phase.running)
+            if state is State.stuck:
+                del self._handles[key]
+                self._give_up(job, f"never started; {handle.said()}")
+                handle.cancel()
             if state is not State.ended:
                 continue
             del self._handles[key]
@@ -219,8 +225,12 @@ class Dispatcher:
                 log.warning("%s was killed (attempt %d); it goes on from its parts", job.label, job.attempts)
                 self._change(job, Phase.waiting)
             else:
-                self.store.note_failure(job.node, f"killed, {job.attempts} times; {handle.said()}")
-                self._end(job, f"killed, {job.attempts} times; {handle.said()}")
+                self._give_up(job, f"killed, {job.attempts} times; {handle.said()}")
+
+    def _give_up(self, job: Job, error: str) -> None:
+        """End a job that could say nothing itself; a later report finds the words in the store."""
+        self.store.note_failure(job.node, error)
+        self._end(job, error)
 
     def _end(self, job: Job, error: str | None) -> None:
         job.error = error or ""

@@ -129,15 +129,17 @@ class Ray:
         ConfigError: Ray is not installed, or does not answer.
     """
 
-    def __init__(self, config: LauncherConfig, cpus: int) -> None:
+    def __init__(self, config: LauncherConfig, cpus: int, memory_gib: float) -> None:
         try:
             import ray
         except ImportError as error:
             raise ConfigError("launcher=ray needs Ray: pip install 'pmpd[ray]'") from error
         self.ray = ray
-        own: dict[str, Any] = {} if config.address else {"num_cpus": cpus, "include_dashboard": False}
+        where: dict[str, Any] = {"address": config.address}
+        if config.address is None:  # its own share of memory is less than the machine has: a job would wait for ever
+            where = {"address": "local", "num_cpus": cpus, "_memory": _bytes(memory_gib), "include_dashboard": False}
         try:
-            ray.init(address=config.address, log_to_driver=False, logging_level=logging.WARNING, **own)
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **where)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"launcher.address={config.address} is not possible: {error}") from error
 
@@ -145,12 +147,20 @@ class Ray:
         return True
 
     def submit(self, job: Build, needs: NeedsConfig) -> Handle:
+        asked = {"CPU": needs.cpus, "GPU": needs.gpus, "memory": _bytes(needs.memory_gib)}
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        if not any(all(node.get(name, 0) >= amount for name, amount in asked.items()) for node in nodes):
+            log.warning(
+                "%s waits for a node with cpus=%d gpus=%d memory_gib=%g, which Ray has not now; "
+                "launcher.stages.%s.memory_gib, launcher.max_cpus, launcher.max_memory_gib ask for less",
+                job.name,
+                needs.cpus,
+                needs.gpus,
+                needs.memory_gib,
+                job.node.stage,
+            )
         remote = self.ray.remote(_call).options(
-            name=job.name,
-            num_cpus=needs.cpus,
-            num_gpus=needs.gpus,
-            memory=int(needs.memory_gib * 2**30),
-            max_retries=0,
+            name=job.name, num_cpus=needs.cpus, num_gpus=needs.gpus, memory=asked["memory"], max_retries=0
         )
         return Task(self.ray, remote.remote(job))
 
@@ -160,6 +170,10 @@ class Ray:
 
 def _call(job: Build) -> None:
     job()
+
+
+def _bytes(gib: float) -> int:
+    return int(gib * 2**30)
 
 
 def open_engine(config: LauncherConfig) -> Engine | None:
@@ -177,7 +191,7 @@ def open_engine(config: LauncherConfig) -> Engine | None:
         case LauncherKind.slurm:
             return Slurm(config)
         case LauncherKind.ray:
-            return Ray(config, cpus)
+            return Ray(config, cpus, memory_gib)
 
 
 def needs_of(node: Node, config: LauncherConfig) -> NeedsConfig:

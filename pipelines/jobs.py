@@ -19,13 +19,20 @@ from pmpd.stages import execute
 
 
 class State(Enum):
+    """How a job that was submitted is; ``stuck``: it waits, for what will not come."""
+
     waiting = "waiting"
     running = "running"
     ended = "ended"
+    stuck = "stuck"
 
 
 class RefusedError(RuntimeError):
     """The engine took no job this time: a limit is reached, or its controller is away."""
+
+
+class ImpossibleError(RuntimeError):
+    """The engine will not take this job however often it is asked."""
 
 
 class Handle(Protocol):
@@ -34,7 +41,7 @@ class Handle(Protocol):
     def state(self) -> State: ...
 
     def said(self) -> str:
-        """Where its words are, or what ended it: for a job that left neither an artifact nor an error."""
+        """Where its words are, what ended it, or what it waits for: of a job that left no artifact and no error."""
 
     def cancel(self) -> None: ...
 
@@ -50,6 +57,7 @@ class Engine(Protocol):
 
         Raises:
             RefusedError: not now; it may be taken later.
+            ImpossibleError: nor will it be.
         """
 
     def close(self) -> None: ...

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipelines.answer import ANSWERED, answer
 from pipelines.grid import compose_grid
-from pipelines.report import PAPER, Missing, report_cells, send
+from pipelines.report import PAPER, Missing, commands_of, report_cells, send
 from pipelines.sweep import Sweep, entry
 from pipelines.track import Tracking, group_of
 from pmpd.artifacts import Store
@@ -57,7 +57,7 @@ def run_grid(overrides: Sequence[str], out: Path | None = None) -> list[Missing]
     sweep = Sweep(store, [entry(c, config) for c, config in zip(cells, configs, strict=True)], tracking.stages)
     sweep.run()
     done = report_cells(cells, configs, out, [e.error for e in sweep.entries])
-    send(out, first.run_name, overrides, done.missing)
+    send(out, first.run_name, commands_of(overrides, done.missing))
     for cell, record in done.found:
         tracking.cell(cell, record)
     tracking.sweep(first.run_name, out, done.missing)

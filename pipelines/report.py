@@ -38,6 +38,7 @@ from pmpd.report import (
     draw_switch_steps,
     linears_table,
     markdown_table,
+    one_each_model,
     perplexity_table,
     summary_table,
     tidy,
@@ -109,7 +110,7 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
         the tables as Markdown.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tidy(list(records)).to_csv(out / "results.csv", index=False)
+    tidy(records).to_csv(out / "results.csv", index=False)
     groups: dict[tuple[str, str], list[CellRecord]] = {}
     for record in records:
         group = groups.setdefault((record.model, record.task), [])
@@ -136,19 +137,18 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
             text += f"\n\n{LINEARS}:\n\n{linears_table(group[0].linears)}"
         texts.append(text)
         stem = f"{model}_{task}"
-        drawings.draw(draw_quality, group, name=f"quality_{stem}.png")
+        drawings.add(draw_quality, group, name=f"quality_{stem}.png")
         if len(group) > MANY:
-            drawings.draw(draw_cells, group, name=f"cells_{stem}.png")
+            drawings.add(draw_cells, group, name=f"cells_{stem}.png")
         curves = [r for r in group if r.switch_curve and len(r.levels) == 2]
         if curves:
             best = next((r for r in curves if r.fit_curve), curves[0])
-            drawings.draw(draw_switch_steps, best, name=f"switch_step_{stem}.png")
-    for model in dict.fromkeys(r.model for r in records):
-        record = next(r for r in records if r.model == model)
-        drawings.draw(draw_perplexity, record.perplexity_curve, record.tolerance, model, name=f"perplexity_{model}.png")
-        table = perplexity_table(record.perplexity_curve, record.tolerance)
-        texts.append(f"## {model}, perplexity\n\n{table}\n\n{PERPLEXITY}")
-    drawings.close()
+            drawings.add(draw_switch_steps, best, name=f"switch_step_{stem}.png")
+    for record in one_each_model(records):
+        model, curve = record.model, record.perplexity_curve
+        drawings.add(draw_perplexity, curve, record.tolerance, model, name=f"perplexity_{model}.png")
+        texts.append(f"## {model}, perplexity\n\n{perplexity_table(curve, record.tolerance)}\n\n{PERPLEXITY}")
+    drawings.draw()
     if missing:
         rows = [[cell.command, " ".join(cell.reason.split()).replace("|", "/")] for cell in missing]
         texts.append(f"## Missing\n\n{markdown_table(['filled by', 'why it is missing'], rows)}")
@@ -171,20 +171,24 @@ def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
     cells, configs = compose_grid(overrides)
     out = out or PAPER / configs[0].run_name
     done = report_cells(cells, configs, out)
-    send(out, configs[0].run_name, overrides, done.missing)
+    send(out, configs[0].run_name, commands_of(overrides, done.missing))
     return done.missing
 
 
-def send(out: Path, title: str, overrides: Sequence[str], missing: Sequence[Missing]) -> None:
+def send(out: Path, title: str, commands: Sequence[str]) -> None:
     """The report as files to send: CSV and LaTeX of each table, and one page with the commands that make it again."""
     if not (out / "table.md").exists():
         return
+    page = export(out, title, commands, versions())
+    log.info("to send to somebody: %s; every table also as CSV and LaTeX beside it", page)
+
+
+def commands_of(overrides: Sequence[str], missing: Sequence[Missing]) -> list[str]:
+    """What makes a grid, what reports it, and what fills each of its missing cells."""
     given = shlex.join(overrides)
     sweeps = "" if any(o.startswith("experiment=") for o in overrides) else "-m "
     commands = [f"python pipelines/run.py {sweeps}{given}", f"python pipelines/report.py {given}"]
-    commands += [f"{cell.command}  # missing: {cell.reason}" for cell in missing]
-    page = export(out, title, commands, versions())
-    log.info("to send to somebody: %s; every table also as CSV and LaTeX beside it", page)
+    return commands + [f"{cell.command}  # missing: {cell.reason}" for cell in missing]
 
 
 def versions() -> dict[str, str]:

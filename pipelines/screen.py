@@ -66,10 +66,11 @@ class Screen:
             found[cell.state(self.jobs)] += 1
         return found
 
-    def left_s(self) -> float | None:
-        """Seconds until the last job ends, if jobs go on as they did; None before there is anything to go by.
+    def left_s(self) -> tuple[float, bool]:
+        """Seconds until the last job ends if jobs go on as they did, and whether every open job is in it.
 
-        A job takes what its stage took on average, in this sweep, else before; jobs run as many at a time as now.
+        A job takes what its stage took on average, in this sweep, else before; what never ran is not in it. Jobs run as
+        many at a time as now.
         """
         took: dict[str, list[float]] = {}
         for job in self.jobs.values():
@@ -77,19 +78,22 @@ class Screen:
                 took.setdefault(job.node.stage, []).append(job.ended - job.started)
         mean = dict(self.known_s) | {stage: sum(s) / len(s) for stage, s in took.items()}
         open_jobs = [j for j in self.jobs.values() if j.phase in (Phase.waiting, Phase.running)]
-        if any(j.node.stage not in mean for j in open_jobs):
-            return None
+        known = [j for j in open_jobs if j.node.stage in mean]
         now = time.monotonic()
-        work = sum(max(mean[j.node.stage] - (now - j.started if j.started else 0.0), 0.0) for j in open_jobs)
-        return work / max(1, sum(j.phase is Phase.running for j in open_jobs))
+        work = sum(max(mean[j.node.stage] - (now - j.started if j.started else 0.0), 0.0) for j in known)
+        return work / max(1, sum(j.phase is Phase.running for j in open_jobs)), known == open_jobs
+
+    def left(self) -> str:
+        """``5 min left``, ``over 5 min left`` where some stage's time is not known yet; empty where none is."""
+        seconds, whole = self.left_s()
+        return f"{'' if whole else 'over '}{duration(seconds)} left" if seconds else ""
 
     def line(self) -> str:
         """The whole state in one line."""
         counts = self.counts()
         done = sum(j.phase is Phase.done for j in self.jobs.values())
         cells = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
-        left = self.left_s()
-        return f"cells: {cells}; jobs {done}/{len(self.jobs)}" + (f"; {duration(left)} left" if left else "")
+        return "; ".join(filter(None, (f"cells: {cells}", f"jobs {done}/{len(self.jobs)}", self.left())))
 
     def changed(self, job: Job) -> None:
         """A job's phase changed."""
@@ -104,14 +108,13 @@ class Screen:
         """What the live screen shows."""
         counts, jobs = self.counts(), list(self.jobs.values())
         done = sum(j.phase is Phase.done for j in jobs)
-        left = self.left_s()
         cells = Table.grid(padding=(0, 3))
         cells.add_row(*(Text(f"{n} {state}", style=_style(state)) for state, n in counts.items()))
         bar = Table.grid(padding=(0, 2))
         bar.add_row(
             f"jobs {done}/{len(jobs)}",
             ProgressBar(total=max(len(jobs), 1), completed=done, width=40),
-            f"{duration(left)} left" if left is not None else "",
+            self.left(),
         )
         rows = Table.grid(padding=(0, 2))
         running = [j for j in jobs if j.phase is Phase.running]

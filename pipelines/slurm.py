@@ -1,83 +1,53 @@
-"""Jobs on Slurm, through submitit. What is waiting, running or gone is read from squeue, so no accounting is needed."""
+"""Jobs on Slurm, through submitit: what is asked for, and what a refusal means.
+
+How jobs that were taken fare is the queue's to say (``pipelines/squeue.py``).
+"""
 
 from __future__ import annotations
 
-import logging
 import re
 import subprocess
-import time
 from typing import Any
 
-from pipelines.jobs import Build, Handle, RefusedError, State
+from pipelines.jobs import Build, Handle, ImpossibleError, RefusedError, State
+from pipelines.squeue import Queue
 from pmpd.config import ConfigError, LauncherConfig, NeedsConfig
-
-log = logging.getLogger(__name__)
 
 GRACE_S = 90
 """Slurm's warning before a time limit or a preemption."""
 PING_TIMEOUT_S = 15.0
 """A controller that is down is told in 0.02 s, munged that is down in 2 s, a SLURM_CONF that is not there in 60."""
-SQUEUE_EVERY_S = 2.0
-WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING", "SPECIAL_EXIT")
-RUNNING = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
-"""Slurm's words for a job that has not ended; every other one is an end."""
+BAD_OPTIONS = 255
+"""sbatch's exit code for options that it cannot read; what the controller refuses is 1."""
+FINAL = re.compile(
+    r"Invalid (?!user|authentication|job credential)|Access(/permission)? denied|No partition specified"
+    r"|Requested (node configuration|time limit|nodes not in|reservation is invalid)|More processors requested"
+    r"|(Node|Task|CPU) count specification invalid|Memory (required by task|specification)|Time limit specification"
+    r"|User's group not permitted|Duplicate generic resource|(?!\w*Submit)(Assoc|QOS|Max)\w+$"
+)
+"""How refusals begin that are about the request itself: Slurm's table of errors, and an account's limits by their
+names, but for those on how many jobs may be submitted. Every other one, known (no controller, too many jobs) or not,
+may pass: an overloaded Slurm says all kinds of things."""
 
 
 class Submitted:
     """A job of submitit's. Its result is not asked for: Slurm's accounting, which that may need, is often off."""
 
-    def __init__(self, job: Any, queue: Queue) -> None:
+    def __init__(self, job: Any, queue: Queue, asked: str) -> None:
         self.job = job
         self.queue = queue
+        self.asked = asked
 
     def state(self) -> State:
         done = self.job.paths.result_pickle.exists()
         return State.ended if done else self.queue.state(self.job.job_id)
 
     def said(self) -> str:
-        return f"what it printed: {self.job.paths.stderr}"
+        reason = self.queue.reason(self.job.job_id)
+        return f"Slurm: {reason} ({self.asked})" if reason else f"what it printed: {self.job.paths.stderr}"
 
     def cancel(self) -> None:
         self.job.cancel(check=False)
-
-
-class Queue:
-    """What squeue says of this user's jobs, asked once every few seconds for all of them."""
-
-    def __init__(self) -> None:
-        self._words: dict[str, str] = {}
-        self._asked = 0.0
-        self._answered = 0.0  # when the question was asked whose answer is known
-        self._submitted: dict[str, float] = {}
-
-    def add(self, job_id: str) -> None:
-        self._submitted[job_id] = time.monotonic()
-
-    def state(self, job_id: str) -> State:
-        """A job that is not listed has ended, unless squeue's last answer is from before it could be listed."""
-        now = time.monotonic()
-        if now - self._asked > SQUEUE_EVERY_S:
-            self._asked = now
-            if self._ask():
-                self._answered = now
-        word = self._words.get(job_id)
-        if word is None:
-            listed_from = self._submitted.get(job_id, 0.0) + 5 * SQUEUE_EVERY_S
-            return State.ended if self._answered >= listed_from else State.waiting
-        if word in WAITING:
-            return State.waiting
-        return State.running if word in RUNNING else State.ended
-
-    def _ask(self) -> bool:
-        """Whether squeue answered."""
-        command = ["squeue", "--me", "--noheader", "--states=all", "--format=%A %T"]
-        try:
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        except (OSError, subprocess.SubprocessError) as error:  # a controller that is away for a moment
-            log.warning("squeue does not answer (%s); asked again", error)
-            return False
-        self._words = dict(line.split() for line in asked.stdout.splitlines() if line.strip())
-        return True
 
 
 def check_cluster(partition: str | None) -> None:
@@ -155,12 +125,32 @@ class Slurm:
         self.executor.update_parameters(**parameters)
         from submitit.core.utils import FailedJobError
 
+        asked = (
+            f"asked for cpus={needs.cpus} gpus={needs.gpus} memory_gib={needs.memory_gib:g} minutes={needs.minutes} of "
+            f"launcher.partition={self.config.partition}, launcher.options={dict(self.config.options)}; "
+            f"launcher.stages.{job.node.stage} changes it"
+        )
         try:
             submitted = self.executor.submit(job)
         except FailedJobError as error:
-            raise RefusedError(f"sbatch: {error}") from error
+            words = "; ".join(_refusal(str(error)))
+            if _is_final(error):
+                raise ImpossibleError(f"sbatch: {words} ({asked})") from error
+            raise RefusedError(f"sbatch: {words}") from error
         self.queue.add(submitted.job_id)
-        return Submitted(submitted, self.queue)
+        return Submitted(submitted, self.queue, asked)
 
     def close(self) -> None:
         pass
+
+
+def _refusal(words: str) -> list[str]:
+    """What sbatch said, a line each, without what every refusal begins with."""
+    said = (re.sub(r"^sbatch: (error: )?(Batch job submission failed: )?", "", line) for line in words.splitlines())
+    return [line.strip() for line in said if line.strip() and not line.startswith("Try ")]
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether sbatch refused the request itself, so that asking again is in vain."""
+    code = error.__cause__.returncode if isinstance(error.__cause__, subprocess.CalledProcessError) else 1
+    return code == BAD_OPTIONS or any(FINAL.match(line) for line in _refusal(str(error)))

@@ -167,7 +167,7 @@ def why(root: Path, what: str) -> Iterator[str]:
     """Where an artifact, or a row of a results.csv, came from: a recipe a line, inputs indented below it.
 
     Raises:
-        StoreError: no such artifact or row.
+        StoreError: no such artifact or row, or one without a key.
     """
     file, colon, row = what.rpartition(":")
     if colon and file.endswith(".csv"):
@@ -177,7 +177,12 @@ def why(root: Path, what: str) -> Iterator[str]:
             raise StoreError(f"{file} has rows 2 to {len(lines) + 1} (1 is its header), not {row}")
         found = lines[int(row) - 2]
         yield ", ".join(f"{k}={v}" for k, v in found.items() if v)
-        what = found["key"]
+        what = found.get("key") or ""
+        if not what:
+            raise StoreError(
+                f"{file} has no key in row {row}; an experiment's results.csv has (but for npu, whose numbers are "
+                "computed from conf/hardware alone)"
+            )
     start = find(root, what)
     known = {a.key: a for a in artifacts(root)}
     yield from _explain(start, known, "", set())

@@ -91,6 +91,8 @@ class Tracking:
         frame = pd.read_csv(table)
         rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
         tracker.table("sweep", "results", [{str(k): v for k, v in row.items()} for row in rows])
+        for file in sorted(out.glob("table_*.csv")):  # as people read them
+            tracker.table("sweep", file.stem, pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records"))
         tracker.table("sweep", "missing", [{"command": c.command, "reason": c.reason} for c in missing])
         tracker.metrics("sweep", {"numbers": len(rows), "missing_cells": len(missing)})
         for figure in sorted(out.glob("*.png")):

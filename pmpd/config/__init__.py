@@ -10,7 +10,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pmpd.config.rules import UNIFORM, ConfigError, check, check_precisions, given_steps, grid, max_new_tokens
+from pmpd.config.rules import (
+    UNIFORM,
+    ConfigError,
+    check,
+    check_dense_sparse,
+    check_precisions,
+    given_steps,
+    grid,
+    max_new_tokens,
+)
 from pmpd.config.schema import (
     BudgetConfig,
     Config,
@@ -72,6 +81,7 @@ __all__ = [
     "TrackingConfig",
     "TrackingMode",
     "check",
+    "check_dense_sparse",
     "check_precisions",
     "from_omegaconf",
     "given_steps",

@@ -79,6 +79,23 @@ def check_precisions(high_bits: int, low_bits: int, middle_bits: list[int]) -> N
         _refuse("model.middle_bits", middle_bits, f"strictly between {high_bits} and {low_bits}, falling")
 
 
+def check_dense_sparse(config: Config) -> None:
+    """Refuse options of the nested model that a dense-and-sparse one, k-means at one precision, would not follow.
+
+    Asked when a cell is planned, so that in a sweep under such options the other schedulers' cells are built.
+
+    Raises:
+        ConfigError: another quantiser than ``anyprec``, or an option whose default is not kept.
+    """
+    quantizer, defaults = config.quantizer, QuantizerConfig()
+    why = f"with scheduler={config.scheduler.name}, whose dense part is plain k-means"
+    if quantizer.kind is not QuantizerKind.anyprec:
+        _refuse("quantizer", quantizer.kind.value, f"{QuantizerKind.anyprec.value} {why}")
+    for name in ("sensitivity_power", "refits", "tuning_steps"):
+        if (value := getattr(quantizer, name)) != getattr(defaults, name):
+            _refuse(f"quantizer.{name}", value, f"{getattr(defaults, name)} {why}")
+
+
 def _refuse(name: str, value: object, allowed: str) -> NoReturn:
     raise ConfigError(f"{name}={value} is not possible: {allowed}")
 

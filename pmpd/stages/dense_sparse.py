@@ -15,7 +15,7 @@ from torch import Tensor
 from pmpd.quant import NestedWeight, quantize_dense_sparse
 from pmpd.quant.dense_sparse import NOMINAL_BITS
 from pmpd.stages.base import Stage, read_summary, write_summary
-from pmpd.stages.bits import chosen, mean_bits, outlier_bits, read_outliers
+from pmpd.stages.bits import chosen, mean_bits, read_outliers
 from pmpd.stages.quantization import quantize_blocks
 
 
@@ -76,13 +76,13 @@ def run_dense_sparse(config: DenseSparseConfig, inputs: Mapping[str, Path], out:
 
 
 def target_bits(inputs: Mapping[str, Path], schedule: str | None, max_new_tokens: int) -> float:
-    """Average decode bits of the completions that the scheduler to match chose, outliers of its model included.
+    """Average decode bits of the completions that the scheduler to match chose.
 
     Raises:
         ValueError: it took no decode step.
     """
     completions = list(chosen(inputs, schedule, max_new_tokens).values())
-    found = mean_bits(completions, outlier_bits(inputs))
+    found = mean_bits(completions, extra_bits=0.0)
     if found is None:
         raise ValueError("the scheduler to match took no decode step, so it has no average bits")
     return found.value()

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from pmpd.models import Prompter, attach, load_model, load_tokenizer
 from pmpd.quant import PrecisionCell
 from pmpd.stages.base import RuntimeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # 2 s to import, which a plan does not need
 
 T = TypeVar("T")
 

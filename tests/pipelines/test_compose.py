@@ -134,3 +134,8 @@ def test_a_grid_for_a_matched_scheduler_is_given_to_it():
     config = cell("scheduler=dense_sparse", "scheduler.target.grid=[0,4]", "scheduler.prefill=fp16")
     assert config.scheduler.target.grid == [0, 4]
     assert config.scheduler.target.prefill.value == "fp16"
+
+
+def test_options_of_sbatch_are_given_by_name():
+    config = cell("launcher=slurm", "launcher.partition=gpu", "+launcher.options.account=mine", "scheduler=high")
+    assert (config.launcher.partition, config.launcher.options) == ("gpu", {"account": "mine"})

@@ -14,6 +14,7 @@ from pipelines.plan import Cell, Planner
 from pipelines.preflight import PreflightError
 from pipelines.run import run_cell
 from pmpd.artifacts import Store, read_json
+from pmpd.config import ConfigError
 from pmpd.stages import read_summary
 from tests.pipelines.cells import cell, overrides, run
 
@@ -92,6 +93,21 @@ def test_outliers_beyond_the_nested_models_bits_are_estimated(store, tiny_llama,
     read = own.loc["average_bits", "value"]
     assert read > 4
     assert 1 < own.loc["npu_decode_speedup", "value"] < 16 / read
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("quantizer=joint", r"quantizer=joint is not possible: anyprec with scheduler=dense_sparse"),
+        ("quantizer.refits=2", r"quantizer\.refits=2 is not possible: 0 with scheduler=dense_sparse"),
+        ("quantizer.tuning_steps=2", r"quantizer\.tuning_steps=2 is not possible: 0 with"),
+        ("quantizer.sensitivity_power=0.75", r"quantizer\.sensitivity_power=0\.75 is not possible: 1\.0 with"),
+    ],
+)
+def test_options_that_the_dense_part_would_not_follow_are_refused_for_its_cell_alone(store, tiny_llama, setting, words):
+    with pytest.raises(ConfigError, match=words):
+        dense_sparse_cell(tiny_llama, store, "scheduler=dense_sparse", "scheduler.target.switch_step=4", setting)
+    dense_sparse_cell(tiny_llama, store, "scheduler=high", setting)
 
 
 def test_the_disk_check_counts_a_dense_and_sparse_model(store, tiny_llama, monkeypatch):

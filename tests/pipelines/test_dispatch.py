@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import dispatch
-from pipelines.dispatch import Dispatcher, Phase, jobs_for
+from pipelines.dispatch import Dispatcher, Job, Phase, jobs_for
 from pipelines.engines import needs_of
-from pipelines.jobs import Build, RefusedError, State
+from pipelines.jobs import Build, ImpossibleError, RefusedError, State
 from pipelines.screen import CellView, Screen, duration
 from pmpd.artifacts import Node, Store, write_json
 from pmpd.config import LauncherConfig, LauncherKind, NeedsConfig
@@ -195,6 +195,42 @@ def test_a_refused_job_waits_and_is_given_up_only_after_many_refusals(store, mon
     assert {j.attempts for j in jobs.values()} == {int(done)}
 
 
+def test_a_job_that_is_never_taken_fails_at_once_and_the_others_go_on(store):
+    class Picky(ListEngine):
+        def submit(self, job, needs):
+            if job.node.config["name"] == "bad":
+                raise ImpossibleError("sbatch: Invalid account")
+            return super().submit(job, needs)
+
+    bad, good = node("bad"), node("good")
+    after = node("after", bad=bad)
+    engine = Picky(store, {})
+    jobs = jobs_for([after, good], store)
+    Dispatcher(store, LAUNCHER, engine, lambda n: store.materialize(n, write)).run(jobs)
+    assert engine.started == ["good"]
+    assert jobs[bad.key].error == store.failure(bad) == "refused: sbatch: Invalid account"
+    assert jobs[after.key].error == f"big {bad.key}: refused: sbatch: Invalid account"
+    assert jobs[good.key].phase is Phase.done
+
+
+def test_a_job_that_waits_in_vain_is_cancelled_and_not_given_again(store):
+    class Stuck(ListHandle):
+        def state(self):
+            return State.stuck if self.job.node.config["name"] == "bad" else super().state()
+
+    class Waits(ListEngine):
+        def submit(self, job, needs):
+            super().submit(job, needs)
+            return Stuck(self, job)
+
+    engine = Waits(store, {})
+    jobs = jobs_for([node("bad"), node("good")], store)
+    Dispatcher(store, LAUNCHER, engine, lambda n: store.materialize(n, write)).run(jobs)
+    assert sorted(engine.started) == ["bad", "cancelled", "good"]
+    assert jobs[node("bad").key].error == store.failure(node("bad")) == "never started; see its log"
+    assert jobs[node("good").key].phase is Phase.done
+
+
 def test_an_interrupted_sweep_cancels_its_jobs(store):
     engine = ListEngine(store, {})
 
@@ -221,10 +257,13 @@ def test_the_screen_counts_cells_and_estimates_from_what_stages_took(store):
     cells = [CellView(n, frozenset({t.key, shared.key})) for n, t in targets.items()] + [CellView("c", frozenset())]
     screen = Screen(cells, jobs, {})
     assert screen.counts() == {"cached": 1, "done": 0, "running": 0, "waiting": 2, "failed": 0}
-    assert screen.left_s() is None
+    assert screen.left() == "", "nothing ever ran"
     first = jobs[shared.key]
     first.phase, first.started, first.ended = Phase.done, 100.0, 130.0
-    assert screen.left_s() == pytest.approx(60)
+    assert screen.left_s() == (pytest.approx(60), True)
+    jobs["new"] = Job(node("new", stage="never"), frozenset())
+    assert screen.left() == "over 60 s left"
+    del jobs["new"]
     jobs[targets["a"].key].phase = Phase.failed
     assert screen.counts() == {"cached": 1, "done": 0, "running": 1, "waiting": 0, "failed": 1}
     assert screen.line() == "cells: 1 cached, 1 running, 1 failed; jobs 1/3; 30 s left"

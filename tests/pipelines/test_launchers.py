@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from pipelines import dispatch, squeue
 from pipelines.multirun import run_grid
 from tests.pipelines.cells import tiny
 
@@ -99,10 +100,64 @@ def test_slurm_jobs_give_what_one_process_gives_and_a_requeued_one_goes_on(
 
 
 @pytest.mark.slow
+def test_what_slurm_can_never_run_ends_by_name_and_is_not_asked_again(slurm, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", str(slurm))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(squeue, "HOPELESS_S", 6.0)
+
+    monkeypatch.setattr(dispatch.Dispatcher, "_refuse", lambda *_: pytest.fail("it is asked again"))
+
+    def reason(*more: str) -> str:
+        chosen = {m.partition("=")[0] for m in ("scheduler=", *more)}
+        lines = [o for o in overrides(tiny_llama, tmp_path) if o.partition("=")[0] not in chosen]
+        (missing,) = run_grid([*lines, "launcher=slurm", "scheduler=high", *more], tmp_path / "report")
+        return missing.reason
+
+    def partition(setting: str) -> None:
+        subprocess.run(["scontrol", "update", "partitionname=all", setting], check=True)
+
+    assert "never started; Slurm: PartitionConfig (asked for cpus=5000" in reason(
+        "launcher.max_cpus=5000", "launcher.stages.sensitivity.cpus=5000"
+    )
+    assert "memory_gib=90000" in reason("launcher.max_memory_gib=null", "launcher.stages.sensitivity.memory_gib=90000")
+    assert "unrecognized option" in reason("+launcher.options.nonsense=1")
+    partition("MaxTime=5")
+    try:
+        assert "never started; Slurm: PartitionTimeLimit" in reason()
+    finally:
+        partition("MaxTime=INFINITE")
+    asked = subprocess.run(["squeue", "--me", "--noheader"], capture_output=True, text=True, check=True)
+    assert not asked.stdout, "what never started is cancelled"
+
+
+@pytest.mark.slow
+def test_a_partition_that_is_closed_for_a_while_is_waited_for(serial, slurm, tiny_llama, tmp_path, monkeypatch):
+    """Slurm refuses jobs to a partition that is inactive; it is opened again after the first refusal."""
+    monkeypatch.setenv("SLURM_CONF", str(slurm))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(dispatch, "REFUSED_PAUSE_S", 1.0)
+    refused: list[str] = []
+
+    def open_again(self: dispatch.Dispatcher, job: dispatch.Job, words: str) -> None:
+        refused.append(words)
+        subprocess.run(["scontrol", "update", "partitionname=all", "State=UP"], check=True)
+        refuse(self, job, words)
+
+    refuse = dispatch.Dispatcher._refuse
+    monkeypatch.setattr(dispatch.Dispatcher, "_refuse", open_again)
+    subprocess.run(["scontrol", "update", "partitionname=all", "State=INACTIVE"], check=True)
+    assert run_grid(overrides(tiny_llama, tmp_path, "launcher=slurm"), tmp_path / "report") == []
+    assert refused
+    assert "inactive" in refused[0]
+    pd.testing.assert_frame_equal(numbers(tmp_path / "report"), serial)
+
+
+@pytest.mark.slow
 def test_ray_tasks_give_what_one_process_gives(serial, tiny_llama, tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="needs Ray: pip install 'pmpd[ray]'")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    lines = overrides(tiny_llama, tmp_path, "launcher=ray", "launcher.max_memory_gib=1")
+    # Stages ask for more than the machine has, and get what it has.
+    lines = [o for o in overrides(tiny_llama, tmp_path, "launcher=ray") if not o.startswith("launcher.max_memory_gib")]
     assert run_grid(lines, tmp_path / "report") == []
     pd.testing.assert_frame_equal(numbers(tmp_path / "report"), serial)
 

@@ -28,6 +28,7 @@ from pipelines.preflight import PreflightError
 from pipelines.report import report
 from pipelines.run import run_cell
 from pipelines.schema import register
+from pipelines.store import main as look
 from pmpd.artifacts import Store
 from pmpd.config import ConfigError
 from pmpd.kernels import CudaUnavailableError
@@ -130,6 +131,24 @@ def test_a_second_run_builds_nothing(store, tiny_llama, tmp_path, caplog):
     assert "cached" in caplog.text
     again = (tmp_path / "again" / "results.csv").read_text()
     assert again == (store.parent / "learned" / "results.csv").read_text()
+
+
+def test_every_number_of_a_report_leads_back_to_weights_and_data(store, capsys):
+    for scheduler in ("static", "learned"):
+        table = store.parent / scheduler / "results.csv"
+        frame = pd.read_csv(table)
+        assert frame.key.notna().all()
+        for line in frame.drop_duplicates("key").index:
+            assert look(["why", f"{table}:{line + 2}", "--store", str(store)]) == 0
+            said = capsys.readouterr().out
+            assert "model: source " in said
+            assert "not in this store" not in said
+        assert {p.parent.name for key in set(frame.key) for p in store.glob(f"*/{key}")} == {
+            "search",
+            "evaluate",
+            "estimate",
+            "latency",
+        }
 
 
 def test_explicit_precisions_and_those_of_the_search_share_artifacts(store, tiny_llama):
@@ -304,6 +323,17 @@ def test_a_run_stopped_in_a_stage_goes_on_and_ends_bit_identical(tiny_llama, tmp
     [texts] = [p for p in (tmp_path / "store").glob("sensitivity/*/artifact.json") if p.stat().st_mtime < killed]
     assert f"sensitivity {texts.parent.name} cached" in " ".join(done.stdout.split())
     assert identical(tmp_path / "store", store) >= 8
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "python pipelines/run.py model=hf" in page
+    assert list((tmp_path / "out").glob("table_1_*.tex"))
+
+
+def test_planning_and_reporting_import_no_model_code():
+    asked = (
+        "import sys, pipelines.run; print('transformers.modeling_utils' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 def test_a_users_mistake_is_one_line_not_a_traceback(tmp_path):

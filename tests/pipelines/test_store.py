@@ -56,6 +56,10 @@ def test_why_leads_from_a_table_row_back_to_the_weights(chain, tmp_path, capsys)
     assert run(tmp_path, "why", f"{table}:3") == 1
     assert "rows 2 to 2" in capsys.readouterr().err
     assert run(tmp_path, "why", "nokey") == 1
+    table.write_text("metric,value\nrouge_l,1.0\n")
+    capsys.readouterr()
+    assert run(tmp_path, "why", f"{table}:2") == 1
+    assert "has no key in row 2" in capsys.readouterr().err
 
 
 def test_verify_names_what_differs(chain, tmp_path, capsys):

@@ -15,7 +15,7 @@ from pipelines.schema import register
 from pmpd.artifacts import Store
 from pmpd.config import from_omegaconf
 from tests.pipelines.cells import tiny
-from tests.test_tracking import items, wandb_records
+from tests.tracking.offline import items, wandb_records
 
 REPOSITORY = CONF.parent
 
@@ -75,6 +75,9 @@ def test_a_sweep_is_told_once_with_its_stages_cells_and_tables(tiny_llama, tmp_p
     (sweep,) = [logged for run, _, logged in first.values() if run.job_type == "sweep"]
     assert sweep["sweep/missing_cells"] == 0
     assert sweep["sweep/results/nrows"] == sweep["sweep/numbers"] > 20
+    tables = [p.stem for p in (tmp_path / "report").glob("table_*.csv")]
+    assert len(tables) >= 2
+    assert all(sweep[f"sweep/{name}/nrows"] > 0 for name in tables)
     pictures = {k.removesuffix("/_type") for k, v in sweep.items() if v == "image-file"}
     assert pictures == {f"sweep/{p.stem}" for p in (tmp_path / "report").glob("*.png")}
     assert run_grid(swept, tmp_path / "report") == []

@@ -18,9 +18,9 @@ def test_only_what_changed_or_is_gone_is_drawn(tmp_path):
     def report(first: list[float], second: list[float]) -> list[str]:
         drawn.clear()
         drawings = Drawings(tmp_path)
-        drawings.draw(curve, first, name="one.png")
-        drawings.draw(curve, second, name="two.png")
-        drawings.close()
+        drawings.add(curve, first, name="one.png")
+        drawings.add(curve, second, name="two.png")
+        drawings.draw()
         assert [p.name for p in drawings.paths] == ["one.png", "two.png"]
         return list(drawn)
 
@@ -30,7 +30,7 @@ def test_only_what_changed_or_is_gone_is_drawn(tmp_path):
     (tmp_path / "one.pdf").unlink()
     assert report([1.0], [2.5]) == ["one.png"]
     (tmp_path / "mine.png").write_text("a user's own")
-    Drawings(tmp_path).close()
+    Drawings(tmp_path).draw()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "mine.png"]
     assert report([1.0], [2.5]) == ["one.png", "two.png"]
     (tmp_path / "figures.json").write_text("{")

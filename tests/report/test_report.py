@@ -45,7 +45,7 @@ def record(scheduler="static", bits=3.5, value=20.0):
         [row("rouge_l", value), row("rouge_l minus high", -0.5), row("agreement", 30.0), row("average_bits", bits)],
         switch_curve=[{"switch_steps": [s], **row("rouge_l", 20.0 + s)} for s in (0, 20, 40)],
         perplexity_curve=[
-            {"bits": b, "perplexity": p, "relative": p / 30 - 1, "n": 64}
+            {"bits": b, "perplexity": p, "relative": p / 30 - 1, "n": 64, "key": "s" * 16}
             | {"relative_low": p / 30 - 1.01, "relative_high": p / 30 - 0.99, "detectable_rise": 0.015}
             for b, p in ((2, 90.0), (3, 40.0), (4, 31.0), (16, 30.0))
         ],
@@ -55,11 +55,25 @@ def record(scheduler="static", bits=3.5, value=20.0):
 def test_tidy_has_the_promised_columns_and_a_row_a_number(tmp_path):
     frame = tidy([record(), record("high", 4.0)])
     assert tuple(frame.columns) == COLUMNS
-    assert len(frame) == 8
+    assert len(frame) == 2 * 4 + (1 + 3 * 3)  # a cell's results each, the model's perplexities once
     frame.to_csv(tmp_path / "r.csv", index=False)
     again = pd.read_csv(tmp_path / "r.csv")
     static = again[(again.scheduler == "static") & (again.metric == "rouge_l")].iloc[0]
     assert (static.high_bits, static.low_bits, static.average_bits, static.value, static.n) == (4, 3, 3.5, 20.0, 8)
+
+
+def test_every_number_of_the_perplexity_table_has_a_row_and_a_key():
+    frame = tidy([record(), record("high", 4.0)]).set_index("metric")
+    own = frame[frame.key == "s" * 16]
+    assert own.index.is_unique
+    row = own.loc["perplexity_4_bits over fp16"]
+    assert (row.model, row.high_bits, row.n) == ("m", 4, 64)
+    assert [f"{100 * v:+.2f}" for v in (row.value, row.ci_low, row.ci_high)] == ["+3.33", "+2.33", "+4.33"]
+    assert own.loc["perplexity_4_bits", "value"] == 31
+    assert own.loc["perplexity_4_bits detectable rise", "value"] == 0.015
+    assert own.loc["perplexity_16_bits", "value"] == 30
+    assert "perplexity_16_bits over fp16" not in own.index
+    assert own[["task", "scheduler"]].isna().all(axis=None)
 
 
 def test_the_search_says_beside_each_precision_what_its_windows_could_have_shown():

@@ -1,3 +1,5 @@
+"""A run on W&B: what an offline one holds, and that no failure of W&B's costs more than a warning."""
+
 from __future__ import annotations
 
 import json
@@ -5,65 +7,15 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pmpd import tracking
-from pmpd.tracking import Identity, NullTracker, open_tracker
+from pmpd.tracking import NullTracker, open_tracker
 from pmpd.version import code_version
-
-
-@pytest.fixture(autouse=True)
-def _nothing_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No login, settings or staging folder of whoever runs the tests."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr("pmpd.tracking.tracker._unreachable", [])
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-
-
-def wandb_records(path: Path) -> list[Any]:
-    """The protocol buffers of a finished run's file; W&B's service writes its end after ``finish`` has returned."""
-    deadline = time.monotonic() + 20
-    while not (records := read_records(path)) or not records[-1].HasField("exit"):
-        assert time.monotonic() < deadline, f"{path} has no end"
-        time.sleep(0.05)
-    return records
-
-
-def read_records(path: Path) -> list[Any]:
-    """The protocol buffers of a .wandb file: a LevelDB log of 32 KiB blocks after a 7-byte header."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, records, parts = path.read_bytes(), 7, [], b""
-    assert data[:4] in (b":W&B", b"")
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # too short for a record's header: padding
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            record = Record()
-            record.ParseFromString(parts)
-            records.append(record)
-            parts = b""
-    return records
-
-
-def items(update: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
-
-
-def open_offline(tmp_path: Path, **extra: Any) -> tracking.Tracker:
-    config = {"model": {"name": "tiny"}, "seed": 0}
-    return open_tracker("offline", project="pmpd-test", dir=str(tmp_path), config=config, **extra)
+from tests.tracking.offline import items, only_warning, open_offline, wandb_records
 
 
 def test_an_offline_run_can_be_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -127,11 +79,9 @@ def test_an_offline_run_prints_nothing_and_writes_only_where_it_was_told(tmp_pat
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"PYTHONPATH": str(Path(tracking.__file__).parents[2])}
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert time.perf_counter() - start < 30
     assert done.stdout == done.stderr == ""
     assert list(tmp_path.glob("runs/wandb/offline-run-*"))
     assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
@@ -156,16 +106,6 @@ def use_everything(tracker: tracking.Tracker) -> None:
     tracker.table("report", "t", [{"a": 1}])
     tracker.lineage("quantize", "k", {}, "p")
     tracker.finish()
-
-
-def only_warning(caplog: pytest.LogCaptureFixture) -> str:
-    # W&B's own records stay in its debug.log: its logger does not propagate, but pytest listens to it.
-    (record,) = [
-        record
-        for record in caplog.records
-        if record.name.startswith("pmpd.tracking") and record.levelno >= logging.WARNING
-    ]
-    return record.getMessage()
 
 
 def test_a_missing_wandb_costs_one_warning(
@@ -287,109 +227,3 @@ def test_a_key_press_is_not_swallowed(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(wandb, "init", interrupt)
     with pytest.raises(KeyboardInterrupt):
         open_offline(tmp_path)
-
-
-def run_ids(folder: Path) -> list[str]:
-    found = [wandb_records(path) for path in sorted(folder.glob("wandb/*run-*/*.wandb"))]
-    return [record.run.run_id for records in found for record in records if record.HasField("run")]
-
-
-def tell(folder: Path, run_id: str, content: str, *, end: bool = True) -> None:
-    tracker = open_offline(folder, identity=Identity(run_id, content), job_type="quantize", group="sweep")
-    tracker.metrics("quantize", {"x": 1.0})
-    tracker.lineage(*run_id.split("-"), {"model": "source/m0", "sensitivity": "sensitivity/k0"}, "store/q")
-    if end:
-        tracker.finish()
-
-
-def test_a_run_is_told_once_and_again_when_it_says_something_else(tmp_path: Path) -> None:
-    tell(tmp_path, "quantize-k1", "k1")
-    tell(tmp_path, "quantize-k1", "k1")
-    assert run_ids(tmp_path) == ["quantize-k1"]
-    (path,) = tmp_path.glob("wandb/*run-*/*.wandb")
-    (run,) = [r.run for r in wandb_records(path) if r.HasField("run")]
-    assert (run.job_type, run.run_group) == ("quantize", "sweep")
-    tell(tmp_path, "quantize-k1", "k2")
-    assert run_ids(tmp_path) == ["quantize-k1"]  # the earlier telling was not uploaded yet, so it is replaced
-    next(tmp_path.glob("wandb/*run-*")).joinpath("run-quantize-k1.wandb.synced").touch()
-    tell(tmp_path, "quantize-k1", "k3")
-    assert len(list(tmp_path.glob("wandb/*run-*"))) == 2
-
-
-def test_what_a_killed_process_had_told_of_a_run_is_told_anew(tmp_path: Path) -> None:
-    program = (
-        "import os, sys; from pmpd.tracking import Identity, open_tracker\n"
-        f"t = open_tracker('offline', project='pmpd-test', dir={str(tmp_path)!r}, config={{}}, "
-        "identity=Identity('quantize-k1', 'k1'))\n"
-        "t.metrics('quantize', {'x': 1.0}); os.kill(os.getpid(), 9)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=False, capture_output=True)
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
-    tell(tmp_path, "quantize-k1", "k1")
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    history = [items(r.history.item) for r in wandb_records(path) if r.HasField("history")]
-    assert [row["quantize/x"] for row in history] == [1.0]
-
-
-def test_links_follow_lineage_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """W&B's own calls, with a stand-in for the service: what is made, read and in which order."""
-    tell(tmp_path, "sensitivity-k0", "k0")
-    tell(tmp_path, "quantize-k1", "k1")
-    calls: list[tuple[str, ...]] = []
-
-    class Run:
-        def __init__(self, run_id: str) -> None:
-            self.id = run_id
-
-        def use_artifact(self, what: Any) -> None:
-            calls.append((self.id, "reads", what if isinstance(what, str) else what.name))
-
-        def log_artifact(self, what: Any) -> None:
-            (reference,) = (entry.ref for entry in what.manifest.entries.values())
-            calls.append((self.id, "makes", what.name, what.type, reference))
-
-        def finish(self) -> None:
-            pass
-
-    import wandb
-
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "q").write_text("an artifact")
-    monkeypatch.setattr(wandb, "init", lambda **given: Run(given["id"]))
-    monkeypatch.chdir(tmp_path)
-    assert tracking.link(str(tmp_path), "pmpd-test", None) == ["sensitivity-k0", "quantize-k1"]
-    assert [c for c in calls if c[0] == "quantize-k1"] == [
-        ("quantize-k1", "reads", "source-m0"),
-        ("quantize-k1", "reads", "sensitivity-k0:latest"),
-        ("quantize-k1", "makes", "quantize-k1", "quantize", (tmp_path / "store/q").as_uri()),
-    ]
-    assert tracking.link(str(tmp_path), "pmpd-test", None) == []
-
-
-def test_an_old_ledger_and_an_input_that_was_never_told_do_not_stop_linking(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tell(tmp_path, "quantize-k1", "k1")  # it reads sensitivity-k0, of which no run tells
-    old = tmp_path / "sent" / "pmpd-test" / "decide-k9.json"
-    old.write_text(json.dumps({"content": "k9", "folder": "f"}))
-    reads: list[str] = []
-
-    class Run:
-        def use_artifact(self, what: Any) -> None:
-            if isinstance(what, str):
-                raise ValueError(f"artifact {what} not found")
-            reads.append(what.name)
-
-        def log_artifact(self, what: Any) -> None:
-            pass
-
-        def finish(self) -> None:
-            pass
-
-    import wandb
-
-    monkeypatch.setattr(wandb, "init", lambda **_: Run())
-    assert tracking.link(str(tmp_path), "pmpd-test", None) == ["quantize-k1"]
-    assert reads == ["source-m0", "sensitivity-k0"]
-    assert "decide-k9" in only_warning(caplog)
