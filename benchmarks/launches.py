@@ -1,6 +1,6 @@
 """Measures which launches of the GPU kernels are fast: pmpd/kernels/launches.csv, which `launch.choose` reads.
 
-    python benchmarks/launches.py                              all of it, about twenty minutes on an H100
+    python benchmarks/launches.py                              all of it; half an hour of an H100 or more
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
@@ -15,13 +15,12 @@ import argparse
 import csv
 import functools
 import itertools
-import math
 import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ MOST_SETS = 28
 
 
 def methods(bits: int, rows: int) -> list[Method]:
-    found = [Method(False, cluster) for cluster in (1, 2, 4)[: 1 if rows == 1 else 2 if rows == 2 else 3]]
+    found = [Method(False, cluster) for cluster in (1, 2)[: 1 if rows == 1 else 2]]
     if bits <= launch.PLANES_MAX_BITS and (2**bits - 1) * rows <= MOST_SETS:
         found += [Method(True, 1), Method(True, 2)]
     return found
@@ -73,10 +72,7 @@ def methods(bits: int, rows: int) -> list[Method]:
 
 def warps(bits: int, rows: int, method: Method, in_features: int) -> list[dict[str, Any]]:
     steps = -(-in_features // launch.STEP)
-    most = launch.MAX_WARPS // 2 if method.cluster > 2 else launch.MAX_WARPS  # of a block
-    pairs = [pair for pair in WARPS[method.planes] if math.prod(pair) <= most] + (
-        MORE_WARPS if method.planes and bits == 2 and rows == 1 else []
-    )
+    pairs = WARPS[method.planes] + (MORE_WARPS if method.planes and bits == 2 and rows == 1 else [])
     found = {}
     for own, teams in pairs:
         splits = min(own, max(1, steps // method.cluster)) * method.cluster
@@ -128,9 +124,43 @@ def _compile(variant: product.Variant, architecture: str) -> None:
     nvrtc.compiled(variant.source, variant.options, architecture)
 
 
-def products(
-    bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], write: Callable[..., None]
-) -> None:
+class Table:
+    """The file of launches, kept up to date row by row."""
+
+    def __init__(self, path: Path, record: dict[str, str]) -> None:
+        self.path, self.record = path, record
+        self.rows: dict[tuple[int, ...], dict[str, Any]] = {}
+        if path.exists():
+            with path.open(encoding="utf-8") as file:
+                self.rows = {_key(row): row for row in csv.DictReader(file)}
+
+    def forget_chain(self, bits: int, shapes: Collection[tuple[int, int]]) -> None:
+        """Launches that did well beside others than those that come now."""
+        gone = {(1, bits, 1, *shape) for shape in shapes}
+        self.rows = {key: row for key, row in self.rows.items() if key[:5] not in gone}
+
+    def add(self, case: Case, plan: Launch, us: float, processors: int, chain: int = 0) -> None:
+        row = self.record | {
+            **{"chain": chain, "bits": case.bits, "m": case.m, "processors": processors, "median": f"{us:.3f}"},
+            **{"out_features": case.out_features, "in_features": case.in_features},
+            **{key: int(getattr(plan, key)) for key in COLUMNS[6:14]},
+        }
+        self.rows[_key(row)] = row
+        sys.stdout.write(f"{case} chain {chain}: {us:.2f} us {plan}\n")
+        sys.stdout.flush()
+        with self.path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows[key] for key in sorted(self.rows))
+
+
+def _key(row: dict[str, Any]) -> tuple[int, ...]:
+    """What a row is about."""
+    names = ("chain", "bits", "m", "out_features", "in_features", "planes", "cluster")
+    return tuple(int(row[name]) for name in names)
+
+
+def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], table: Table) -> None:
     def own(case: Case) -> list[Method]:
         return [m for m in methods(case.bits, case.m) if not wanted or m.name in wanted]
 
@@ -160,7 +190,7 @@ def products(
         for method in own(case):
             found = [descend(start, grids[case, method], microseconds, 2) for start in STARTS]
             best = min(found, key=microseconds)
-            write(case, best, microseconds(best), gpu.processors)
+            table.add(case, best, microseconds(best), gpu.processors)
 
 
 def fit(plan: Launch, case: Case, gpu: product.Gpu) -> Launch:
@@ -168,14 +198,16 @@ def fit(plan: Launch, case: Case, gpu: product.Gpu) -> Launch:
     return launch.fit(plan, *sizes, 1, case.m, gpu.processors, gpu.shared_bytes)
 
 
-def chains(bits: list[int], models: list[str], write: Callable[..., None]) -> None:
+def chains(bits: list[int], models: list[str], table: Table) -> None:
+    """First with look-up alone, then with planes too: where look-up wins again, beside planes, its row is replaced."""
     processors = product.describe(torch.cuda.current_device()).processors
     for name in models:
         chain = Chain(name, sorted(bits, reverse=True), 512)
         for b in sorted(bits):
+            table.forget_chain(b, chain.shapes.values())
             for planes in (False, True)[: 2 if b <= launch.PLANES_MAX_BITS else 1]:
                 for part, plan, us in best_chain(chain, b, processors, planes=planes):
-                    write(Case(b, 1, *chain.shapes[part]), plan, us, processors, chain=1)
+                    table.add(Case(b, 1, *chain.shapes[part]), plan, us, processors, chain=1)
 
 
 def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> list[tuple[str, Launch, float]]:
@@ -218,36 +250,12 @@ def main() -> None:
         "versions": f"torch {torch.__version__}, CUDA {torch.version.cuda}",
         "commit": args.commit or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
     }
-    rows = {}
-    if args.out.exists():
-        with args.out.open(encoding="utf-8") as file:
-            rows = {_key(row): row for row in csv.DictReader(file)}
-
-    def write(case: Case, plan: Launch, us: float, processors: int, chain: int = 0) -> None:
-        row = record | {
-            **{"chain": chain, "bits": case.bits, "m": case.m, "processors": processors, "median": f"{us:.3f}"},
-            **{"out_features": case.out_features, "in_features": case.in_features},
-            **{key: int(getattr(plan, key)) for key in COLUMNS[6:14]},
-        }
-        rows[_key(row)] = row
-        sys.stdout.write(f"{case} chain {chain}: {us:.2f} us {plan}\n")
-        sys.stdout.flush()
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows[key] for key in sorted(rows))
-
+    table = Table(args.out, record)
     if args.chain:
-        chains(args.bits, args.models, write)
+        chains(args.bits, args.models, table)
     else:
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes or ()]
-        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, args.methods, write)
-
-
-def _key(row: dict[str, Any]) -> tuple[int, ...]:
-    """What a row is about. In a chain one row with planes allowed and one without."""
-    names = ("chain", "bits", "m", "out_features", "in_features", "planes", "cluster")
-    return tuple(int(row[name]) for name in names)
+        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, args.methods, table)
 
 
 if __name__ == "__main__":

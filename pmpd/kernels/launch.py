@@ -1,8 +1,8 @@
 """How many blocks and warps a product with a nested weight gets, by which method, and what shared memory they need.
 
 ``launches.csv`` has what was fastest on an H100 for each of some shapes, precisions and numbers of rows, method by
-method (``benchmarks/launches.py`` measures it); another product gets the launch of the nearest shape. Nothing is tuned
-at a user's first call. It launches nothing.
+method (``benchmarks/launches.py`` measures it; ``docs/kernels.md`` says how its rows came about); another product gets
+the launch of the nearest shape. Nothing is tuned at a user's first call. It launches nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEP = 256
 CHUNKS = (1, 2, 4, 6)
 """Steps of x that a warp may have in registers at once."""
 MOST_CHUNK = 2
-"""Of these, where tables or further rows of x wait in registers too."""
+"""Of these by look-up, where tables wait in registers too."""
 DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
@@ -135,7 +135,7 @@ def _choose(
 
     def distance(row: Measured) -> tuple[float, ...]:
         shape = abs(math.log(row.steps / steps)) + abs(math.log(row.tiles_a_processor / tiles))
-        return abs(row.bits - bits), abs(row.rows - rows), shape, row.microseconds
+        return abs(row.bits - bits), abs(math.log2(row.rows / rows)), shape, row.microseconds
 
     def can(row: Measured) -> bool:
         launch = row.launch
@@ -154,7 +154,10 @@ def within(launch: Launch, steps: int) -> Launch:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of ``launches.csv``: of a GPU with ``tiles_a_processor`` tiles of 16 rows for each of its processors."""
+    """A row of ``launches.csv``: of a GPU with ``tiles_a_processor`` tiles of 16 rows for each of its processors.
+
+    ``microseconds`` are of the product, or in a chain of a model's whole block; infinite where only a step was timed.
+    """
 
     chain: bool
     bits: int
@@ -190,7 +193,7 @@ def _parse(row: dict[str, str]) -> Measured:
         _up(int(row["in_features"]), STEP),
         _up(int(row["out_features"]), TILE) / int(row["processors"]),
         launch,
-        float(row["median"]),
+        float(row["median"] or math.inf),
     )
 
 

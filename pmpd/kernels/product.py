@@ -65,12 +65,13 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
     Args:
         x: ``[rows, in]``, contiguous, 16-byte aligned, as ``fused.norm_weight`` is.
         out: ``[rows, out]``, or half as wide if gated.
-        plan: for sweeps.
+        plan: to measure or test one; planes only up to 4 bits and without groups.
     """
     gpu = describe(x.device.index)
     shape = (weight.bits, weight.out_features, weight.in_features)
     rows = min(x.shape[0], MAX_ROWS)
     plan = plan or _plan(weight, fused, rows, gpu)
+    assert not plan.planes or (weight.groups == 1 and weight.bits <= launch.PLANES_MAX_BITS)
     plan = launch.fit(plan, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
     module = _module(gpu.capability, Variant.of(plan, weight.bits, x.dtype, fused, weight.in_features, weight.groups))
     module["nested_matmul"](
@@ -218,7 +219,7 @@ class Variant:
             ragged=in_features % launch.STEP != 0,
             chunk=chunk,
             once=once,
-            max_threads=256 if (plan.planes or plan.cluster > 2) and plan.warps <= 8 else 512,
+            max_threads=256 if plan.planes and plan.warps <= 8 else 512,
             planes=plan.planes,
             cluster=plan.cluster,
         )

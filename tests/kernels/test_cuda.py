@@ -113,15 +113,18 @@ class TestLaunches:
             done = product.multiply(x, Operand.of(case.weight, bits), Fused(), out, plan)
             case.check(out[:done], x[:done], bits)
 
-    def test_norm_gate_and_residual(self, plan: Launch, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("rows", [1, 2, 8])
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    def test_norm_gate_and_residual(self, plan: Launch, dtype: torch.dtype, bits: int, rows: int) -> None:
         case, plan = Case(4144, 1056, dtype=dtype), self.plan(plan, 1056)
-        x, residual, norm_weight = case.x(1, 1056) / 64, case.x(1, 2072, seed=4), case.x(1056, seed=6)
+        x, residual, norm_weight = case.x(rows, 1056) / 64, case.x(rows, 2072, seed=4), case.x(1056, seed=6)
         out = torch.empty_like(residual)
-        product.multiply(x, Operand.of(case.weight, 2), Fused(norm_weight, 1e-2, True, residual), out, plan)
+        fused = Fused(norm_weight, 1e-2, True, residual)
+        done = product.multiply(x, Operand.of(case.weight, bits), fused, out, plan)
         normed = functional.rms_norm(x.double(), (1056,), norm_weight.double(), 1e-2)
-        both = (normed @ case.exact(2).T).unflatten(1, (-1, 2, 8))
+        both = (normed @ case.exact(bits).T).unflatten(1, (-1, 2, 8))
         expected = (functional.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1) + residual.double()
-        assert (out.double() - expected).norm() / expected.norm() < 2 * TOLERANCE[dtype]
+        assert (out.double() - expected)[:done].norm() / expected[:done].norm() < 2 * TOLERANCE[dtype]
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     def test_a_row_that_is_not_finite_has_no_finite_output(
@@ -130,8 +133,8 @@ class TestLaunches:
         case, plan = Case(80, 1056, dtype=dtype), self.plan(plan, 1056)
         x, out = case.x(2, 1056), torch.zeros(2, 80, device="cuda", dtype=dtype)
         x[1, 700] = value
-        if product.multiply(x, Operand.of(case.weight, 2), Fused(), out, plan) == 2:
-            assert not out[1].isfinite().any()
+        assert product.multiply(x, Operand.of(case.weight, 2), Fused(), out, plan) == 2
+        assert not out[1].isfinite().any()
         case.check(out[:1], x[:1], 2)
 
 

@@ -1,26 +1,36 @@
 import pytest
+import torch
 
 from pmpd.kernels import block, launch
+from pmpd.kernels.product import Fused, Variant
 
 GPUS = [(132, 227 * 1024), (108, 163 * 1024), (46, 99 * 1024)]  # H100, A100, an Ada
 
 
-@pytest.mark.parametrize("can", [{}, {"clusters": False}, {"clusters": False, "planes": False}])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("can", [{}, {"planes": False}, {"clusters": False}, {"clusters": False, "planes": False}])
 @pytest.mark.parametrize("chain", [False, True])
 @pytest.mark.parametrize(("processors", "shared"), GPUS)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_product_fits_every_gpu(
-    bits: int, processors: int, shared: int, chain: bool, can: dict[str, bool]
+    bits: int, processors: int, shared: int, chain: bool, can: dict[str, bool], groups: int
 ) -> None:
+    can = can | ({"planes": False} if groups > 1 else {})
     for out_features in (1, 576, 2048, 4096, 22016, 151936):
         for in_features in (32, 576, 2048, 11008, 28672):
             for rows in (1,) if chain else range(1, 9):
                 plan = launch.choose(out_features, in_features, bits, rows, processors, chain=chain, **can)
-                plan = launch.fit(plan, bits, out_features, in_features, 1, rows, processors, shared)
-                assert plan.shared_bytes(bits, out_features, in_features, 1) <= shared - launch.STATIC_SHARED_BYTES
+                plan = launch.fit(plan, bits, out_features, in_features, groups, rows, processors, shared)
+                own = plan.shared_bytes(bits, out_features, in_features, groups)
+                variant = Variant.of(plan, bits, torch.float16, Fused(), in_features, groups)
+                splits = (
+                    variant.max_threads // 32 * plan.cluster
+                )  # that a block has room for, in three arrays of floats
+                assert own <= shared - launch.STATIC_SHARED_BYTES
+                assert 12 * plan.capacity * splits + launch.RESERVED_BYTES <= launch.STATIC_SHARED_BYTES
                 assert 1 <= plan.rows <= rows
                 assert plan.capacity >= plan.rows
-                assert 1 <= plan.warps <= launch.MAX_WARPS
+                assert 1 <= plan.warps <= variant.max_threads // 32 <= launch.MAX_WARPS
                 assert 1 <= plan.early <= plan.stages
                 assert plan.splits <= -(-in_features // launch.STEP)
                 assert plan.splits % plan.cluster == 0
