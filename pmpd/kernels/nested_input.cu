@@ -1,4 +1,4 @@
-// What comes before the product: the norm, and inputs as digits for the integer tensor cores.
+// What comes before the product: the norm, and inputs as integers, which the method puts in its own order.
 
 struct Input {
     const u16 *x, *norm_weight;  // at this lane's first column

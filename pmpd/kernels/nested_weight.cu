@@ -1,5 +1,5 @@
 // A nested weight, copied into shared memory. First part of a program whose method of multiplying is nested_lookup.cu or
-// nested_planes.cu, followed by nested_input.cu and nested_matmul.cu. device.py explains the storage, cuda.py the design.
+// nested_planes.cu, followed by nested_input.cu, nested_matmul.cu and, with look-up, nested_decode.cu. device.py explains the storage, cuda.py the design.
 //
 // Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; NORM 0 or 1 (RMSNorm of
 // x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is silu(gate) * up); GROUPED 0 or 1 (a table
