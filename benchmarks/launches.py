@@ -1,6 +1,6 @@
 """Measures which launches of the GPU kernels are fast: pmpd/kernels/launches.csv, which `launch.choose` reads.
 
-    python benchmarks/launches.py                              all of it; half an hour of an H100 or more
+    python benchmarks/launches.py                              all of it
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 

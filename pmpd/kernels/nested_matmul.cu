@@ -1,4 +1,4 @@
-// The product with a nested weight, and the weight decoded to half precision.
+// The product with a nested weight, by whichever method comes before.
 
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for

@@ -1,6 +1,8 @@
 """Draws figures in several processes: matplotlib keeps one core busy, and a grid has many figures.
 
-Knows functions that draw, not what they draw. Imports nothing of a model's libraries, so that a process starts soon.
+Knows functions that draw, not what they draw. The processes are plain ones that import this module: those of
+``multiprocessing`` would import the program's own main module again, seconds of Hydra and PyTorch, or be forks of a
+process that has threads.
 """
 
 from __future__ import annotations
