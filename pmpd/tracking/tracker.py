@@ -6,6 +6,7 @@ in the project, and it is loud. Knows nothing about stages beyond their names.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -19,6 +20,7 @@ from pmpd.tracking.ledger import Identity, ledger, remove_unsent, was_sent
 from pmpd.version import code_version
 
 log = logging.getLogger(__name__)
+
 
 Value = float | int | str
 MODES = ("offline", "online", "disabled")
@@ -131,7 +133,7 @@ class WandbTracker:
         self._lineage: dict[str, dict[str, Any]] = {}
         if mode == "online" and self._run.offline:
             log.warning("W&B has no login, so this run is offline: %s", self._run.dir)
-        log.info("W&B %s run in %s; `wandb sync` uploads what is not there yet", mode, Path(self._run.dir).parent)
+        say_where(mode, Path(self._run.dir).parents[1])
 
     def _log(self, values: Mapping[str, Any]) -> None:
         # Numbered by us: a run that is told again repeats its steps, and W&B keeps the first telling of a step.
@@ -298,3 +300,9 @@ def wandb_settings(wandb: Any) -> Any:
     }
     # Older releases lack some of them (finish_timeout), and an unknown one is an error.
     return wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
+
+
+@functools.cache
+def say_where(mode: str, folder: Path) -> None:
+    """Once for all runs of a process: a sweep has one for each stage and cell."""
+    log.info("W&B %s runs are in %s; `wandb sync` uploads what is not there yet", mode, folder)

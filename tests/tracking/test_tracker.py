@@ -18,6 +18,15 @@ from pmpd.version import code_version
 from tests.tracking.offline import items, only_warning, open_offline, wandb_records
 
 
+def test_where_runs_are_is_said_once_for_all_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="pmpd.tracking.tracker"):
+        for name in ("first", "second"):
+            open_offline(tmp_path, group="g", name=name, tags=[]).finish()
+    said = [record.getMessage() for record in caplog.records if "wandb sync" in record.getMessage()]
+    assert len(said) == 1
+    assert f"are in {tmp_path / 'wandb'};" in said[0]
+
+
 def test_an_offline_run_can_be_read_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_offline(tmp_path, group="table-1", name="cell", tags=["quick"])
     tracker.metrics("evaluate", {"rouge_l": 0.25, "signature": "tok:13a"})
