@@ -6,10 +6,11 @@
 its caches are run as they are; its compiled kernels are not needed. The reconstruction of a block is a loop of our own
 of the same step (half of the inputs from the quantised blocks before, squared error of the block's output, Adam at a
 rate that falls as a cosine), a CUDA graph on a GPU, with products in TF32: the authors' loop takes 9 to 10 ms a step
-for a block of SmolLM2. They take 5000 steps a block and precision at a rate of 1e-4, of 4096 tokens, which a batch of 8
-windows has too; here as many as ``--budget-s`` seconds allow, at the one of ``--rates`` that ends lowest on the first
-block. Calibration, layers and windows are ``quantisers.py``'s, and the rows go to its table. *True bits* are the signs
-and a float16 scale a sign, row and group of columns.
+for a block of SmolLM2. For Llama-3.1-8B they take 5000 steps a block and precision at a rate of 1e-4, of 4096 tokens,
+which a batch of 8 windows has too, 512 windows of text and 128 columns a scale; here as many steps as ``--budget-s``
+seconds allow, at the one of ``--rates`` that ends lowest on the first block. Calibration, layers and windows are
+``quantisers.py``'s, and the rows go to its table. *True bits* are the signs and a float16 scale a sign, row and group
+of columns.
 """
 
 from __future__ import annotations
@@ -210,7 +211,8 @@ def quantize(checkout: Path, stack: Stack, windows: Tensor, group: int, plan: Pl
             error = plan.timed(steps, partial(reconstruct, block, loader.dataset, scales_of(block), plan.rate))
             plan.taken.append(steps)
             sys.stderr.write(f"block {layer_idx} +{add_bit} bits: {steps} steps, error {error:.5f}\n")
-            anybcq.save_alpha_and_beta_in_bcqlinear(block)
+            with torch.no_grad():  # its copies would keep this stream's graph, which the next capture may not touch
+                anybcq.save_alpha_and_beta_in_bcqlinear(block)
             return block
 
     anybcq.replace_bcq_with_lutgemm = keep
@@ -228,7 +230,7 @@ def main() -> None:
     arguments.add_argument("--checkout", type=Path, required=True)
     arguments.add_argument("--group", type=int, default=192, help="columns a scale")
     arguments.add_argument("--steps", type=int, default=5000, help="at most, of a block and precision")
-    arguments.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
+    arguments.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3])
     arguments.add_argument("--budget-s", type=float, default=math.inf, help="seconds of a quantisation")
     args = arguments.parse_args()
     name, table = f"anybcq-{args.group}", Table(args.out, args.commit)
