@@ -38,6 +38,7 @@ LABELS = {
 """Nested quantisers in the tables' order."""
 DRAWN = ["fp16", *(name for name in LABELS if name != "anyprec-exact-0.75"), "gptq-96-asym-mse", "autoround-96-asym",
          "anybcq-192"]  # fmt: skip
+PEER_BITS = (2, 3, 4)
 PEERS = {
     "gptq-96-asym": "GPTQ, 96 columns a scale, ranges min to max",
     "gptq-96-asym-mse": "the same, ranges of least squared error",
@@ -106,14 +107,15 @@ def peers(rows: pd.DataFrame) -> str:
     body = []
     for name, label in PEERS.items():
         row = [label]
-        for bits in (3, 4):
+        for bits in PEER_BITS:
             part = rows[(rows.quantizer == name) & (rows.bits == bits) & (rows.seed == 0)]
             found = part.set_index("corpus").perplexity
             row += ["", ""] if part.empty else [
                 f"{part.true_bits.iloc[0]:.2f}", " / ".join(f"{found[corpus]:.2f}" for corpus in SHOWN)]  # fmt: skip
         if any(row[1:]):
             body.append(row)
-    return lines(["C4 / WikiText-2", "true bits", "3 bits", "true bits", "4 bits"], body)
+    header = [title for bits in PEER_BITS for title in ("true bits", f"{bits} bits")]
+    return lines(["C4 / WikiText-2", *header], body)
 
 
 def schedules(rows: pd.DataFrame) -> str:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantisers import RESULTS, Bench, Table, measured, parser, peak_gib
+from quantiser_bench import RESULTS, Bench, Memory, Table, measured, parser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -240,11 +240,12 @@ def main() -> None:
             first = seed * args.calibration_windows
             windows = bench.calibration[first : first + args.calibration_windows]
             torch.manual_seed(seed)
+            memory = Memory(args.device)
             stack = Stack(load_model(bench.model_folder, torch.float16, args.device), args.device)
             plan = Plan(args.budget_s, args.steps, args.rates)
             start = time.perf_counter()
             found = quantize(args.checkout, stack, windows, args.group, plan)
-            quantise_s, peak = round(time.perf_counter() - start, 1), round(peak_gib(args.device), 2)
+            quantise_s, peak = round(time.perf_counter() - start, 1), round(memory.peak_gib(), 2)
             options = f"steps={min(plan.taken)}..{max(plan.taken)} rate={plan.rate}"
             model = bench.model()
             layers = block_linears(model)
