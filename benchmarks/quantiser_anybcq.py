@@ -6,11 +6,11 @@
 its caches are run as they are; its compiled kernels are not needed. The reconstruction of a block is a loop of our own
 of the same step (half of the inputs from the quantised blocks before, squared error of the block's output, Adam at a
 rate that falls as a cosine), a CUDA graph on a GPU, with products in TF32: the authors' loop takes 9 to 10 ms a step
-for a block of SmolLM2. For Llama-3.1-8B they take 5000 steps a block and precision at a rate of 1e-4, of 4096 tokens,
-which a batch of 8 windows has too, 512 windows of text and 128 columns a scale; here as many steps as ``--budget-s``
-seconds allow, at the one of ``--rates`` that ends lowest on the first block. Calibration, layers and windows are
-``quantisers.py``'s, and the rows go to its table. *True bits* are the signs and a float16 scale a sign, row and group
-of columns.
+for a block of SmolLM2. Their command for Llama-3.1-8B takes 5000 steps a block and precision, of 2 windows of 1024
+tokens, at a rate of 1e-4, over 512 windows, 128 columns a scale; here a step has 8 windows of 512 tokens, and there are
+as many steps as ``--budget-s`` seconds allow, at the one of ``--rates`` that ends lowest on the first block.
+Calibration, layers and windows are ``quantisers.py``'s, and the rows go to its table. *True bits* are the signs and a
+float16 scale a sign, row and group of columns.
 """
 
 from __future__ import annotations
