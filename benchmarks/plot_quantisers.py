@@ -36,8 +36,10 @@ LABELS = {
     "joint-4-outliers": "joint, 2 to 4 bits, 0.5 % outliers (+0.18 bits)",
 }
 """Nested quantisers in the tables' order."""
-DRAWN = ["fp16", *(name for name in LABELS if name != "anyprec-exact-0.75"), "gptq-96-asym-mse", "autoround-96-asym",
-         "anybcq-192"]  # fmt: skip
+DRAWN = [name for name in LABELS if name != "anyprec-exact-0.75"]
+DRAWN_PEERS = {"gptq-96-asym-mse": "s", "autoround-96-asym": "^", "anybcq-192": "D"}
+"""In black, by marker."""
+PEER_BITS = (2, 3, 4)
 PEERS = {
     "gptq-96-asym": "GPTQ, 96 columns a scale, ranges min to max",
     "gptq-96-asym-mse": "the same, ranges of least squared error",
@@ -106,14 +108,15 @@ def peers(rows: pd.DataFrame) -> str:
     body = []
     for name, label in PEERS.items():
         row = [label]
-        for bits in (3, 4):
+        for bits in PEER_BITS:
             part = rows[(rows.quantizer == name) & (rows.bits == bits) & (rows.seed == 0)]
             found = part.set_index("corpus").perplexity
             row += ["", ""] if part.empty else [
-                f"{part.true_bits.iloc[0]:.2f}", " / ".join(f"{found[corpus]:.2f}" for corpus in SHOWN)]  # fmt: skip
+                f"{part.true_bits.iloc[0]:.2f}", " / ".join(spread(found[[corpus]]) for corpus in SHOWN)]  # fmt: skip
         if any(row[1:]):
             body.append(row)
-    return lines(["C4 / WikiText-2", "true bits", "3 bits", "true bits", "4 bits"], body)
+    header = [title for bits in PEER_BITS for title in ("true bits", f"{bits} bits")]
+    return lines(["C4 / WikiText-2", *header], body)
 
 
 def schedules(rows: pd.DataFrame) -> str:
@@ -174,13 +177,17 @@ def plot_perplexity(rows: pd.DataFrame, file: Path) -> None:
     """Nats a token above 16 bits, which spreads out what perplexities crowd together."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True)
     for axis, (corpus, title) in zip(axes, SHOWN.items(), strict=True):
-        part = rows[(rows.corpus == corpus) & rows.quantizer.isin(DRAWN)]
+        part = rows[rows.corpus == corpus]
         fp16 = part[part.quantizer == "fp16"].perplexity.iloc[0]
-        for name, own in part[part.quantizer != "fp16"].groupby("quantizer", sort=False):
+        for name in [*DRAWN, *DRAWN_PEERS]:
+            own = part[part.quantizer == name]
             own = own.assign(excess=np.log(own.perplexity / fp16)).query("bits < 8")
             by_bits = own.groupby("bits").agg({"true_bits": "mean", "excess": ["mean", "min", "max"]})
             x, y = by_bits["true_bits"]["mean"], by_bits["excess"]
-            axis.errorbar(x, y["mean"], [y["mean"] - y["min"], y["max"] - y["mean"]], marker="o", ms=4, label=name)
+            style = (
+                {"color": "black", "ls": ":", "marker": DRAWN_PEERS[name]} if name in DRAWN_PEERS else {"marker": "o"}
+            )
+            axis.errorbar(x, y["mean"], [y["mean"] - y["min"], y["max"] - y["mean"]], ms=4, label=name, **style)
         axis.set(title=f"{title} (16 bits: {fp16:.2f})", xlabel="true bits a weight", yscale="log")
     axes[0].set_ylabel("nats a token above 16 bits")
     axes[1].legend(fontsize=7)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantisers import RESULTS, Bench, Table, measured, parser, peak_gib, share
+from quantiser_bench import RESULTS, Bench, Memory, Table, measured, parser, share
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -98,11 +98,9 @@ def measure(bench: Bench, table: Table, name: str, bits: int, group: int, kind: 
     weights |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
     first = seed * args.calibration_windows
     windows = bench.calibration[first : first + args.calibration_windows]
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    memory, start = Memory(args.device), time.perf_counter()
     made = block_linears(quantize(bench, args.method, weights, windows))
-    quantise_s, peak = round(time.perf_counter() - start, 1), round(peak_gib(args.device), 2)
+    quantise_s, peak = round(time.perf_counter() - start, 1), round(memory.peak_gib(), 2)
     model, symmetric = bench.model(), KINDS[kind]["symmetric"]
     layers = block_linears(model)
     for path, layer in layers.items():

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from quantisers import NEW_TOKENS, Bench, parser
+from quantiser_bench import NEW_TOKENS, Bench, parser
 
 from pmpd.metrics import bootstrap_statistic
 from pmpd.models import attach

@@ -1,12 +1,16 @@
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pmpd.models import LazyWeights, linear_names
+from pmpd.models import LazyWeights, attach, linear_names, load_model
 from pmpd.quant import NestedWeight, quantize_jointly, quantize_weight
-from pmpd.stages.calibration import by_block, shard
+from pmpd.stages.base import RuntimeConfig, read_summary
+from pmpd.stages.calibration import MomentsConfig, by_block, run_moments, shard
 from pmpd.stages.quantization import QuantizeConfig, QuantizeJointConfig, run_quantize, run_quantize_joint
+from pmpd.stages.tuning import TuneTablesConfig, run_tune_tables
+from tests.tiny import FAMILIES, tiny_model_dir
 
 
 def test_an_error_counts_the_chosen_power_of_its_sensitivity(tmp_path: Path, tiny_llama: Path) -> None:
@@ -59,3 +63,32 @@ def test_the_joint_stage_takes_layers_one_by_one_and_keeps_blocks_that_are_done(
     run_quantize_joint(config, inputs, out)  # as after a kill in the last block
     assert first.stat().st_mtime_ns == written
     assert last.read_bytes() == made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_quantised_jointly_and_tuned(tmp_path: Path, family: str) -> None:
+    """Moments, joint quantiser and tuning one after another; each further bit brings the model nearer to itself."""
+    inputs = {name: tmp_path / name for name in ("texts", "moments", "nested", "tuned")}
+    for folder in inputs.values():
+        folder.mkdir()
+    inputs["model"] = tiny_model_dir(tmp_path / "model", family)
+    windows = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"windows": windows}, inputs["texts"] / "windows.safetensors")
+    runtime = RuntimeConfig("float32", "cpu")
+    run_moments(MomentsConfig(runtime), inputs, inputs["moments"])
+    config = QuantizeJointConfig(2, 4, None, 4, 0.25, 0.01, 3, 2, 0.0, "cpu", False)
+    run_quantize_joint(config, inputs, inputs["nested"])
+    run_tune_tables(TuneTablesConfig([2], 4, 0.02, 4, runtime), inputs, inputs["tuned"])
+    metrics = read_summary(inputs["tuned"])["metrics"]
+    assert metrics["divergence_2_last"] < metrics["divergence_2_first"]
+
+    model = load_model(inputs["model"], torch.float32)
+    with torch.no_grad():
+        wanted = model(input_ids=windows).logits
+        cell = attach(model, inputs["tuned"])
+        errors = []
+        for bits in (2, 3, 4):
+            cell.bits = bits
+            errors.append(float((model(input_ids=windows).logits - wanted).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert 0 < errors[-1] < errors[0] / 4
