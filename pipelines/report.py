@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
+from pipelines.answer import ANSWERED, answer
 from pipelines.cells import cell_records
 from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.grid import compose_grid
@@ -260,9 +258,8 @@ def main() -> int:
         return 0 if {"-h", "--help"} & set(sys.argv) else 2
     try:
         missing = report(overrides)
-    except (ValueError, StoreError, HydraException, OmegaConfBaseException) as error:
-        log.error("error: %s", error)
-        return 1
+    except ANSWERED as error:
+        return answer(error)
     return 1 if missing else 0
 
 
