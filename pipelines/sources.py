@@ -1,4 +1,4 @@
-"""What a plan starts from, keyed by content: the data files, BERTScore's encoder, the kind of device.
+"""What a plan starts from, keyed by content: data files, BERTScore's encoder, a policy's module, the kind of device.
 
 Finds and keys them; reads no text and loads no weight.
 """
@@ -14,6 +14,7 @@ from pmpd.artifacts import Input, Root, digest_files
 from pmpd.config import Config, ConfigError, Device
 from pmpd.metrics import encoder_folder
 from pmpd.models import ModelError, digest, resolve
+from pmpd.schedulers import policy_file
 from pmpd.stages.inputs import DATA, DataConfig
 from pmpd.tasks import hub_commit, locate
 
@@ -72,6 +73,16 @@ def _data_input(
         return DATA.node(DataConfig(hub_path, hub_config, hub_commit(hub_path, revision), split, max_rows))
     found: Path = file
     return Root(str(found), digest_files([found], digests), partial(Path, found))
+
+
+def policy_input(policy: str, digests: Path) -> Root:
+    """A policy's module by its text, so that one that is being written is never answered by what it said before.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    file = policy_file(policy)
+    return Root(f"{policy}.py", digest_files([file], digests), partial(Path, file))
 
 
 def encoder_input(encoder: str, digests: Path) -> Root:
