@@ -16,7 +16,7 @@ from pmpd.metrics import encoder_folder
 from pmpd.models import ModelError, digest, resolve
 from pmpd.schedulers import policy_file
 from pmpd.stages.inputs import DATA, DataConfig
-from pmpd.tasks import hub_commit, locate
+from pmpd.tasks import DataError, hub_commit, locate
 
 
 def text_input(config: Config, digests: Path) -> Input:
@@ -25,17 +25,23 @@ def text_input(config: Config, digests: Path) -> Input:
     Raises:
         DataError: as for every data set, no such file, or a hub that does not answer.
     """
-    budget = config.budget
-    return _data_input(
-        config.data.text_root or config.data.root,
-        budget.text_dataset,
-        budget.text_split,
-        budget.text_hub_path,
-        budget.text_hub_config,
-        budget.text_hub_revision,
-        budget.text_rows,
-        digests,
-    )
+    budget, data = config.budget, config.data
+    try:
+        return _data_input(
+            data.text_root or data.root,
+            budget.text_dataset,
+            budget.text_split,
+            budget.text_hub_path,
+            budget.text_hub_config,
+            budget.text_hub_revision,
+            budget.text_rows,
+            digests,
+        )
+    except DataError as error:
+        if data.root is None or data.text_root is not None or not Path(data.root).is_dir():
+            raise
+        elsewhere = "plain text may lie elsewhere: data.text_root=DIR, or data.text_root=samples for what is shipped"
+        raise DataError(f"{error}; {elsewhere}") from error
 
 
 def task_input(config: Config, split: str, digests: Path) -> Input:
@@ -61,7 +67,7 @@ def _data_input(
     root: str | None,
     dataset: str,
     split: str,
-    hub_path: str,
+    hub_path: str | None,
     hub_config: str | None,
     revision: str,
     max_rows: int | None,
@@ -70,6 +76,7 @@ def _data_input(
     """A local file below ``root``, or the stage that downloads the split."""
     file = locate(dataset, split, root)
     if file is None:
+        assert hub_path is not None  # refused with the configuration
         return DATA.node(DataConfig(hub_path, hub_config, hub_commit(hub_path, revision), split, max_rows))
     found: Path = file
     return Root(str(found), digest_files([found], digests), partial(Path, found))

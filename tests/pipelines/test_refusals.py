@@ -50,6 +50,14 @@ def test_everything_that_is_missing_is_named_at_once(tiny_llama, tmp_path):
     assert "model.path" in said
 
 
+def test_a_folder_without_plain_text_is_told_of_other_folders(tiny_llama, tmp_path):
+    (tmp_path / "data" / "own").mkdir(parents=True)
+    (tmp_path / "data" / "own" / "test.jsonl").write_text('{"document": "Yes."}\n')
+    lines = [o for o in overrides(tiny_llama, tmp_path / "store", "scheduler=high") if o != "data=samples"]
+    with pytest.raises(PreflightError, match=r"has no c4/validation\.jsonl(.|\n)*data\.text_root=samples"):
+        run_cell(cell(*lines, "task=own", f"data.root={tmp_path / 'data'}"), tmp_path / "out")
+
+
 def test_a_second_turn_that_outgrows_the_context_is_named_by_its_sample(store, tiny_llama, tmp_path, two_turns):
     file = two_turns / "mt_bench_prompts" / "train.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -56,6 +56,7 @@ def test_uniform_schedulers_have_their_bits_and_fp16_agrees_with_itself(store):
     "more",
     [
         ["task=dialogsum", "scheduler=static"],
+        ["task=own", "scheduler=static"],
         ["task=iwslt", "scheduler=static", "task.metrics=[bleu,sacrebleu]"],
         ["scheduler=static", "scheduler.prefill_bits=16"],
         ["scheduler=static", "scheduler.switch_step=2"],
