@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Callable
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from pipelines.mistakes import explain
 from pmpd.artifacts import StoreError, disk_is_full
 from pmpd.kernels import CudaUnavailableError
 
@@ -19,9 +23,13 @@ ANSWERED = (
     CudaUnavailableError,
     HydraException,
     OmegaConfBaseException,
+    YAMLError,
     OSError,
     KeyboardInterrupt,
 )
+
+WHOLE = os.environ.get("HYDRA_FULL_ERROR") == "1"
+"""The user wants tracebacks. Read before :func:`answered` sets it for Hydra."""
 
 
 def answer(error: BaseException) -> int:
@@ -37,10 +45,23 @@ def answer(error: BaseException) -> int:
     if isinstance(error, OSError) and disk_is_full(error):
         log.error("error: the disk is full (%s); free some space and run the same command again", error)
         return 1
-    if isinstance(error, OSError) or os.environ.get("HYDRA_FULL_ERROR"):
+    system = isinstance(error, OSError) and not isinstance(error, HydraException)  # a missing file of conf/ is both
+    if system or WHOLE:
         raise error
-    log.error("error: %s", error)
+    log.error("error: %s", explain(error))
     return 1
 
 
-__all__ = ["ANSWERED", "answer"]
+def answered(main: Callable[[], object]) -> None:
+    """Run a function of ``hydra.main``'s; what is wrong before its job starts is answered as what is wrong in it.
+
+    Hydra has no hook for its own errors: it prints them and exits. Asked for whole errors, it raises them instead.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except ANSWERED as error:
+        sys.exit(answer(error))
+
+
+__all__ = ["ANSWERED", "answer", "answered"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.learning import labels, network
 from pipelines.quantised import sensitivity
+from pipelines.sources import policy_input
 from pmpd.artifacts import Input, Node
 from pmpd.config import (
     UNIFORM,
@@ -211,6 +212,7 @@ def _policy(of: Choosing) -> Choice:
         nested=planner.nested,
         prompts=of.prompts,
         rollouts=of.rollouts,
+        policy=policy_input(scheduler.policy, planner.digests),
         **trained,
     )
     return Choice(inputs={"decisions": decisions}, training=trained.get("network"))

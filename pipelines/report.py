@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
+from pipelines.answer import ANSWERED, answer
 from pipelines.cells import cell_records
 from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.grid import compose_grid
@@ -154,12 +152,8 @@ def write_report(records: Sequence[CellRecord], out: Path, missing: Sequence[Mis
         texts.append(f"## Missing\n\n{markdown_table(['filled by', 'why it is missing'], rows)}")
     text = "\n\n".join(texts) + "\n"
     (out / "table.md").write_text(text, encoding="utf-8")
-    log.info(
-        "\n%s\nwritten to %s: results.csv, table.md, %s (and .pdf)",
-        text,
-        out,
-        ", ".join(f.name for f in drawings.paths),
-    )
+    figures = "".join(f", {f.name}" for f in drawings.paths) + (" (and .pdf)" if drawings.paths else "")
+    log.info("\n%s\nwritten to %s: results.csv, table.md%s", text, out, figures)
     return text
 
 
@@ -171,7 +165,10 @@ def report(overrides: Sequence[str], out: Path | None = None) -> list[Missing]:
     cells, configs = compose_grid(overrides)
     out = out or PAPER / configs[0].run_name
     done = report_cells(cells, configs, out)
-    send(out, configs[0].run_name, commands_of(overrides, done.missing))
+    commands = commands_of(overrides, done.missing)
+    if len(done.missing) > 1:
+        log.warning("all that is missing at once: %s", commands[0])
+    send(out, configs[0].run_name, commands)
     return done.missing
 
 
@@ -260,9 +257,8 @@ def main() -> int:
         return 0 if {"-h", "--help"} & set(sys.argv) else 2
     try:
         missing = report(overrides)
-    except (ValueError, StoreError, HydraException, OmegaConfBaseException) as error:
-        log.error("error: %s", error)
-        return 1
+    except ANSWERED as error:
+        return answer(error)
     return 1 if missing else 0
 
 

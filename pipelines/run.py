@@ -31,7 +31,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
-from pipelines.answer import ANSWERED, answer
+from pipelines.answer import ANSWERED, answer, answered
 from pipelines.cells import cell_records
 from pipelines.gpu import gpu_cell, write_gpu_report
 from pipelines.jobs import set_threads
@@ -143,4 +143,4 @@ def main(node: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answered(main)

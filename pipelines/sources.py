@@ -1,4 +1,4 @@
-"""What a plan starts from, keyed by content: the data files, BERTScore's encoder, the kind of device.
+"""What a plan starts from, keyed by content: data files, BERTScore's encoder, a policy's module, the kind of device.
 
 Finds and keys them; reads no text and loads no weight.
 """
@@ -14,8 +14,9 @@ from pmpd.artifacts import Input, Root, digest_files
 from pmpd.config import Config, ConfigError, Device
 from pmpd.metrics import encoder_folder
 from pmpd.models import ModelError, digest, resolve
+from pmpd.schedulers import policy_file
 from pmpd.stages.inputs import DATA, DataConfig
-from pmpd.tasks import hub_commit, locate
+from pmpd.tasks import DataError, hub_commit, locate
 
 
 def text_input(config: Config, digests: Path) -> Input:
@@ -24,17 +25,23 @@ def text_input(config: Config, digests: Path) -> Input:
     Raises:
         DataError: as for every data set, no such file, or a hub that does not answer.
     """
-    budget = config.budget
-    return _data_input(
-        config.data.text_root or config.data.root,
-        budget.text_dataset,
-        budget.text_split,
-        budget.text_hub_path,
-        budget.text_hub_config,
-        budget.text_hub_revision,
-        budget.text_rows,
-        digests,
-    )
+    budget, data = config.budget, config.data
+    try:
+        return _data_input(
+            data.text_root or data.root,
+            budget.text_dataset,
+            budget.text_split,
+            budget.text_hub_path,
+            budget.text_hub_config,
+            budget.text_hub_revision,
+            budget.text_rows,
+            digests,
+        )
+    except DataError as error:
+        if data.root is None or data.text_root is not None or not Path(data.root).is_dir():
+            raise
+        elsewhere = "plain text may lie elsewhere: data.text_root=DIR, or data.text_root=samples for what is shipped"
+        raise DataError(f"{error}; {elsewhere}") from error
 
 
 def task_input(config: Config, split: str, digests: Path) -> Input:
@@ -60,7 +67,7 @@ def _data_input(
     root: str | None,
     dataset: str,
     split: str,
-    hub_path: str,
+    hub_path: str | None,
     hub_config: str | None,
     revision: str,
     max_rows: int | None,
@@ -69,9 +76,20 @@ def _data_input(
     """A local file below ``root``, or the stage that downloads the split."""
     file = locate(dataset, split, root)
     if file is None:
+        assert hub_path is not None  # refused with the configuration
         return DATA.node(DataConfig(hub_path, hub_config, hub_commit(hub_path, revision), split, max_rows))
     found: Path = file
     return Root(str(found), digest_files([found], digests), partial(Path, found))
+
+
+def policy_input(policy: str, digests: Path) -> Root:
+    """A policy's module by its text, so that one that is being written is never answered by what it said before.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    file = policy_file(policy)
+    return Root(f"{policy}.py", digest_files([file], digests), partial(Path, file))
 
 
 def encoder_input(encoder: str, digests: Path) -> Root:

@@ -24,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from pipelines.answer import ANSWERED, answer
+from pipelines.answer import ANSWERED, answer, answered
 from pipelines.choices import prefill_bits
 from pipelines.grid import CONF
 from pipelines.learning import network
@@ -121,4 +121,4 @@ def main(node: DictConfig) -> float:
 if __name__ == "__main__":
     if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
         sys.exit("error: the search needs Hydra's Optuna sweeper: pip install 'pmpd[tune]'")
-    main()
+    answered(main)

@@ -155,9 +155,10 @@ class Model:
         try:
             return Fixed(Schedule.parse(name))
         except ValueError as error:
+            why = f": {error}" if ":" in name else ""
             raise ValueError(
                 f"scheduler={name!r} is none of fp16, high, low, static, a schedule such as 4:4@21,3, "
-                f"or the folder of a trained scheduler: {error}"
+                f"or the folder of a trained scheduler{why}"
             ) from error
 
     def _prompt_ids(self, prompt: str | Sequence[str], raw: bool) -> list[int]:

@@ -86,10 +86,19 @@ class Schedule:
 
     @classmethod
     def parse(cls, name: str) -> Schedule:
-        """The schedule whose :attr:`name` is ``name``."""
+        """The schedule whose :attr:`name` is ``name``.
+
+        Raises:
+            ValueError: not of that form, or a schedule that cannot be.
+        """
         prefill, _, rest = name.partition(":")
         pairs = [part.partition("@") for part in rest.split(",")]
-        return cls(int(prefill), tuple(int(p[0]) for p in pairs), tuple(int(p[2]) for p in pairs[:-1]))
+        try:
+            levels, steps = [int(p[0]) for p in pairs], [int(p[2]) for p in pairs[:-1]]
+            prefill_bits = int(prefill)
+        except ValueError as error:
+            raise ValueError(f"schedule={name!r} is not PREFILL:BITS or PREFILL:BITS@STEP,...,BITS") from error
+        return cls(prefill_bits, tuple(levels), tuple(steps))
 
 
 def average_bits(bits: Sequence[float]) -> float:

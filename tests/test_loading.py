@@ -16,7 +16,7 @@ from pmpd.loading import _recipe, default_store
 from pmpd.models import resolve
 from pmpd.quant import NestedLinear
 from pmpd.stages.inputs import model_input
-from tests.pipelines.test_run import cell
+from tests.pipelines.cells import cell
 from tests.tiny import tiny_model_dir
 
 PROMPT = "The quick brown fox"

@@ -107,6 +107,12 @@ def test_names_round_trip_and_bits_never_rise(schedule):
     assert bits == sorted(bits, reverse=True)
 
 
+@pytest.mark.parametrize("name", ["statc", "4", "4:", "4:4@,3", "4:4@x,3", "4:4,3"])
+def test_a_name_that_is_no_schedule_is_told_the_form(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is not PREFILL:BITS or PREFILL:BITS@STEP,...,BITS"):
+        Schedule.parse(name)
+
+
 @given(schedules, st.integers(2, 12))
 def test_a_family_in_order_of_cost_is_in_order_of_average_bits(schedule, max_new_tokens):
     family = schedule_family(4, schedule.levels, switch_grid(max_new_tokens))

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pmpd.config.names import did_you_mean, near, strangers
 from pmpd.config.rules import (
     UNIFORM,
     ConfigError,
@@ -94,11 +95,13 @@ def from_omegaconf(node: Any) -> Config:
     """The typed, checked configuration behind a composed OmegaConf node.
 
     Raises:
-        ConfigError: a combination that cannot be run.
+        ConfigError: a field that does not exist was added, or a combination that cannot be run.
         omegaconf.errors.OmegaConfBaseException: a missing or ill-typed field.
     """
     merged = OmegaConf.merge(OmegaConf.structured(Config), node)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
+    if added := strangers(config):
+        raise ConfigError(f"+{added[0]} is not possible: there is no field {added[0]}{did_you_mean(near(added[0]))}")
     check(config)
     return config

@@ -62,7 +62,7 @@ def check(config: Config) -> None:
     _check_quantizer(config)
     _check_precisions(config)
     _check_scheduler(config)
-    _check_metrics(config)
+    _check_task(config)
     _check_amounts(config)
 
 
@@ -224,8 +224,10 @@ def _check_scheduler(config: Config) -> None:
         _refuse("scheduler.dropout", scheduler.dropout, "0 to below 1")
 
 
-def _check_metrics(config: Config) -> None:
+def _check_task(config: Config) -> None:
     task = config.task
+    if task.hub_path is None and config.data.root is None:
+        _refuse("data.root", None, f"a folder with {task.dataset}/{task.test_split}.jsonl, as {task.name} is on no hub")
     allowed = {
         TaskKind.summarization: (Metric.rouge_l, Metric.bertscore),
         TaskKind.dialogue: (Metric.rouge_l, Metric.bertscore),

@@ -144,7 +144,7 @@ class TaskConfig:
     name: str = MISSING
     kind: TaskKind = MISSING
     dataset: str = MISSING
-    hub_path: str = MISSING
+    hub_path: Optional[str] = MISSING
     hub_config: Optional[str] = None
     hub_revision: str = "main"
     validation_split: Optional[str] = "validation"

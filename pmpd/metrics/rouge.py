@@ -13,8 +13,9 @@ from typing import Any
 @cache
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))  # named, since a default is logged
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:

@@ -2,7 +2,7 @@
 
 from pmpd.schedulers import policies
 from pmpd.schedulers.base import Blind, Planned, Policy, ReadsActivations, Scheduler
-from pmpd.schedulers.build import Setting, build, check_options, policy_names, trained_for
+from pmpd.schedulers.build import Setting, build, check_options, policy_file, policy_names, trained_for
 from pmpd.schedulers.fixed import Fixed
 from pmpd.schedulers.labels import label
 from pmpd.schedulers.learned import Learned
@@ -30,6 +30,7 @@ __all__ = [
     "label",
     "load_network",
     "policies",
+    "policy_file",
     "policy_names",
     "save_network",
     "train",

@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pmpd.records import Schedule
@@ -37,6 +38,15 @@ class Setting:
 def policy_names() -> list[str]:
     """Every policy that there is."""
     return sorted(module.name for module in pkgutil.iter_modules(policies.__path__))
+
+
+def policy_file(policy: str) -> Path:
+    """The file whose text is the policy.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    return Path(_module(policy).__file__)
 
 
 def trained_for(policy: str) -> tuple[str, ...]:

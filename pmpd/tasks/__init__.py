@@ -10,6 +10,7 @@ from pmpd.tasks.dialogsum import DialogSum
 from pmpd.tasks.hub import download, hub_commit
 from pmpd.tasks.iwslt import Iwslt
 from pmpd.tasks.mt_bench import MtBench
+from pmpd.tasks.own import Own
 from pmpd.tasks.source import DataError, locate, read_rows
 from pmpd.tasks.texts import role_rows, seed_prompts, windows
 
@@ -32,6 +33,7 @@ TASKS: dict[str, Task] = {
     "dialogsum": DialogSum(),
     "iwslt2017-en-fr": Iwslt(),
     "mt_bench_prompts": MtBench(),
+    "own": Own(),
 }
 
 

@@ -35,6 +35,8 @@ def test_every_model_and_task_compose(model, task):
     overrides = [f"model={model}", f"task={task}", "scheduler=high"]
     if model == "hf":
         overrides.append("model.path=anything")
+    if task == "own":
+        overrides.append("data.root=anywhere")
     config = cell(*overrides)
     assert (config.model.name, config.task.name) == (model, task)
 
@@ -118,6 +120,12 @@ def test_impossible_combinations_are_refused():
     with pytest.raises(ConfigError, match="one split only"):
         cell("task=mtbench", "scheduler=static")
     cell("task=mtbench", "scheduler=static", "scheduler.switch_step=32")
+
+
+def test_a_task_that_is_on_no_hub_needs_a_folder():
+    with pytest.raises(ConfigError, match=r"data\.root=None is not possible: a folder with own/test\.jsonl"):
+        cell("model=vicuna7b", "task=own")
+    assert cell("task=own").data.root == "samples"
 
 
 def test_a_launcher_has_a_job_for_every_stage_that_reads_a_model():

@@ -15,6 +15,7 @@ from pipelines.run import run_cell
 from pmpd.artifacts import Node, Store
 from pmpd.metrics import rouge_l
 from pmpd.records import Schedule
+from pmpd.schedulers import policies
 from pmpd.stages import RuntimeConfig, execute
 from pmpd.stages.inputs import read_samples
 from pmpd.stages.rollouts import read_rollouts
@@ -72,6 +73,24 @@ def test_the_confidence_scheduler_decodes_what_its_rule_says(store, tiny_llama, 
         assert found.bits_of(tokens) == Schedule.parse(expected).bits_of(tokens)
         switched += bits == 2
     assert switched, "no sample switched: this test shows nothing"
+
+
+def test_a_policy_that_was_edited_decides_again(store, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
+    file = tmp_path / "edited.py"
+    text = (
+        "from pmpd.schedulers import Fixed\nTRAINED = ()\n\ndef build(setting):\n    return Fixed(setting.classes[0])\n"
+    )
+    lines = overrides(tiny_llama, store, "scheduler=learned", "scheduler.policy=edited")
+
+    def key():
+        return Planner(cell(*lines), Store(store)).cell().evaluation.inputs["decisions"].key
+
+    file.write_text(text)
+    first = key()
+    assert key() == first
+    file.write_text(text.replace("[0]", "[-1]"))
+    assert key() != first
 
 
 def test_a_killed_decision_goes_on_and_draws_alike(store, tiny_llama, tmp_path, two_turns):

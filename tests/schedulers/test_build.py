@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
-from pmpd.records import class_schedules
+from pmpd.records import Prefill, class_schedules
 from pmpd.schedulers import Setting, build, check_options, policies, policy_names, trained_for
 
 SETTING = Setting(4, (4, 3), tuple(class_schedules(4, (4, 3), 30)), 0)
@@ -27,6 +29,17 @@ def test_a_file_and_a_name_are_all_that_a_new_policy_takes(tmp_path: Path, monke
     )
     monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
     assert build("always_low", SETTING, {"place": 1}).policy().schedule == SETTING.classes[1]  # type: ignore[attr-defined]
+
+
+def test_the_policy_that_contributing_shows_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = page[page.index('      """Short prompts') : page.index("  The file's text is part of the key")]
+    (tmp_path / "length.py").write_text(textwrap.dedent(shown))
+    monkeypatch.setattr(policies, "__path__", [*policies.__path__, str(tmp_path)])
+    policy = build("length", SETTING, {"tokens": 5})
+    for length, place in ((5, 0), (6, -1)):
+        keys = torch.zeros(1, length, 2)
+        assert policy.begin(Prefill(keys, keys, torch.zeros(3), 30)).schedule == SETTING.classes[place]
 
 
 def test_unknown_names_and_options_are_refused() -> None:

@@ -33,3 +33,7 @@ def pair(english: str, french: str = "Bonjour à tous.") -> dict[str, Any]:
 def question(index: int, **changes: Any) -> dict[str, Any]:
     row = {"prompt": [f"What is {index}?", "And why?"], "reference": [], "prompt_id": index, "category": "math"}
     return row | changes
+
+
+def own(index: int, **changes: Any) -> dict[str, Any]:
+    return {"document": f"Text {index}.", "reference": f"Reference {index}."} | changes

@@ -16,6 +16,7 @@ EXPECTED = {
     "dialogsum": ["test", "validation"],
     "iwslt2017-en-fr": ["test", "validation"],
     "mt_bench_prompts": ["train"],
+    "own": ["test", "validation"],
 }
 
 FILES = [(name, split) for name, splits in available(samples_root()).items() for split in splits]

@@ -1,4 +1,4 @@
-"""What the four data sets' rules have in common, and what each does with its own columns."""
+"""What the data sets' rules have in common, and what each does with its own columns."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 
 from pmpd.records import Sample
 from pmpd.tasks import TASKS, DataError, build
-from tests.tasks.rows import PROMPT, cnn, dialogue, pair, question
+from tests.tasks.rows import PROMPT, cnn, dialogue, own, pair, question
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "cnn_dailymail": [cnn(i) for i in range(5)],
     "dialogsum": [dialogue(f"dev_{i}", of=f"Talk {i}") for i in range(5)],
     "iwslt2017-en-fr": [pair(f"Sentence number {i}.") for i in range(5)],
     "mt_bench_prompts": [question(i) for i in range(81, 86)],
+    "own": [own(i) for i in range(5)],
 }
 
 
@@ -60,7 +61,7 @@ def test_the_instruction_goes_around_the_document_and_other_braces_stay(dataset:
     assert turn.endswith("\nDone:")
 
 
-@pytest.mark.parametrize("dataset", ["cnn_dailymail", "dialogsum", "iwslt2017-en-fr"])
+@pytest.mark.parametrize("dataset", ["cnn_dailymail", "dialogsum", "iwslt2017-en-fr", "own"])
 def test_the_document_is_a_part_of_the_turn_that_may_be_shortened(dataset: str) -> None:
     for sample in samples(dataset, ROWS[dataset]):
         assert sample.turns == (PROMPT.replace("{document}", sample.document),)
@@ -120,6 +121,9 @@ def test_an_id_that_occurs_twice_is_named() -> None:
         ("mt_bench_prompts", question(81, prompt=["What?", ""]), r"sample 81: prompt\[1\] is empty"),
         ("mt_bench_prompts", question(81, prompt="What?"), "must be a list of questions, found str"),
         ("mt_bench_prompts", question(81, prompt=[]), "must be a list of questions"),
+        ("own", own(0, document=""), "sample test_0: document is empty"),
+        ("own", own(0, id="mine", reference=["Yes.", 3]), "sample mine: reference must be text, found int"),
+        ("own", own(0, reference=None), "sample test_0: reference must be text, found NoneType"),
     ],
 )
 def test_a_damaged_sample_is_named(dataset: str, row: dict[str, Any], named: str) -> None:
@@ -208,3 +212,13 @@ def test_with_several_references_the_shortest_counts() -> None:
     rows = [dialogue("test_0_1", of="A", summary="one two three"), dialogue("test_0_2", of="A", summary="one")]
     rows.append(dialogue("test_1_1", of="B", summary="one two three"))
     assert [sample.id for sample in samples("dialogsum", rows, words=2)] == ["test_1"]
+
+
+def test_own_texts_have_one_reference_or_several_or_none_at_all() -> None:
+    one, several = samples("own", [own(0), own(1, id="mine", reference=["A.", "B."])])
+    assert one == Sample("test_0", (PROMPT.replace("{document}", "Text 0."),), ("Reference 0.",), document="Text 0.")
+    assert (several.id, several.references) == ("mine", ("A.", "B."))
+    without = [{"document": "Text."}, {"document": "Another."}]
+    assert [sample.references for sample in samples("own", without)] == [(), ()]
+    with pytest.raises(DataError, match="sample test_2: some rows have a reference and some have none"):
+        samples("own", [*without, own(2)])
