@@ -2,11 +2,13 @@
 
     python benchmarks/launches.py                              all of it
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
+    python benchmarks/launches.py --refine --bits 2 --rows 4   one round, from the launches that the file has
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
 For each product and each method (look-up or bit planes, with and without clusters) a descent changes one choice at a
-time: warps, stages, when the next kernel may come. Products are timed as in nested_matmul.py; in a chain as in
-chain.py, where what counts is the time of the whole block.
+time: warps, stages, when the next kernel may come. All descents take their steps together, so that what a step needs is
+compiled by all cores at once. Products are timed as in nested_matmul.py; in a chain as in chain.py, where what counts
+is the time of the whole block.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +80,13 @@ def warps(bits: int, rows: int, method: Method, in_features: int) -> list[dict[s
         splits = min(own, max(1, steps // method.cluster)) * method.cluster
         splits = -(-steps // -(-steps // splits))  # no more than leave the busiest as few steps
         splits = -(-splits // method.cluster) * method.cluster
-        found[splits, teams] = {"splits": splits, "teams": teams, "planes": method.planes, "cluster": method.cluster}
+        found[splits, teams] = {"splits": splits, "teams": teams} | asdict(method)
     return list(found.values())
 
 
 Axes = list[list[dict[str, Any]]]
+AXES = 4
+"""At most."""
 
 
 def axes(bits: int, rows: int, method: Method, out_features: int, in_features: int, processors: int) -> Axes:
@@ -97,31 +101,28 @@ def axes(bits: int, rows: int, method: Method, out_features: int, in_features: i
     return found
 
 
-def descend(start: Launch, choices: Axes, time: Callable[[Launch], float], rounds: int) -> Launch:
-    """The best launch that changes of one axis at a time lead to."""
-    time = functools.cache(time)
-    best = start
-    for _ in range(rounds):
-        for axis in choices:
-            best = min((replace(best, **change) for change in axis), key=time)
-    return best
-
-
 def every(start: Launch, choices: Axes) -> Iterator[Launch]:
     for changes in itertools.product(*choices):
         yield functools.reduce(lambda plan, change: replace(plan, **change), changes, start)
 
 
+@functools.cache
+def _pool() -> Any:
+    return multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1))
+
+
 def compile_all(variants: Iterable[product.Variant], architecture: str) -> None:
     """Into the cache on disk, by all cores at once."""
     unique = sorted(set(variants), key=repr)
-    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 1)) as pool:
-        pool.starmap(_compile, [(variant, architecture) for variant in unique], chunksize=4)
-    sys.stdout.write(f"{len(unique)} programs compiled\n")
+    _pool().starmap(_compile, [(variant, architecture) for variant in unique], chunksize=4)
 
 
 def _compile(variant: product.Variant, architecture: str) -> None:
     nvrtc.compiled(variant.source, variant.options, architecture)
+
+
+def architecture(gpu: product.Gpu) -> str:
+    return "sm_{}{}".format(*gpu.capability)
 
 
 class Table:
@@ -139,11 +140,18 @@ class Table:
         gone = {(1, bits, 1, *shape) for shape in shapes}
         self.rows = {key: row for key, row in self.rows.items() if key[:5] not in gone}
 
+    def launch(self, case: Case, method: Method) -> Launch | None:
+        """What there is for a product alone."""
+        row = self.rows.get(
+            (0, case.bits, case.m, case.out_features, case.in_features, int(method.planes), method.cluster)
+        )
+        return row and launch.parse(row).launch
+
     def add(self, case: Case, plan: Launch, us: float, processors: int, chain: int = 0) -> None:
         row = self.record | {
             **{"chain": chain, "bits": case.bits, "m": case.m, "processors": processors, "median": f"{us:.3f}"},
             **{"out_features": case.out_features, "in_features": case.in_features},
-            **{key: int(getattr(plan, key)) for key in COLUMNS[6:14]},
+            **{key: str(int(getattr(plan, key))) for key in COLUMNS[6:14]},
         }
         self.rows[_key(row)] = row
         sys.stdout.write(f"{case} chain {chain}: {us:.2f} us {plan}\n")
@@ -160,26 +168,57 @@ def _key(row: dict[str, Any]) -> tuple[int, ...]:
     return tuple(int(row[name]) for name in names)
 
 
-def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], table: Table) -> None:
-    def own(case: Case) -> list[Method]:
-        return [m for m in methods(case.bits, case.m) if not wanted or m.name in wanted]
+@dataclass
+class Descent:
+    """The way from one launch of a product by one method to a better one, one axis at a time."""
 
+    case: Case
+    choices: Axes
+    best: Launch
+    times: dict[Launch, float] = field(default_factory=dict)
+
+    def candidates(self, axis: int) -> list[Launch]:
+        """What a step along the axis has to try, the best so far among them."""
+        changes = self.choices[axis] if axis < len(self.choices) else []
+        return [self.best, *(replace(self.best, **change) for change in changes)]
+
+    def step(self, axis: int, time: Callable[[Launch], float]) -> None:
+        candidates = self.candidates(axis)
+        for plan in candidates:
+            if plan not in self.times:
+                self.times[plan] = time(plan)
+        self.best = min(candidates, key=self.times.__getitem__)
+
+
+def products(
+    bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], table: Table, *, refine: bool
+) -> None:
+    """A row for each product and method; ``refine``: from the launch that the table has, where it has one."""
     gpu = product.describe(torch.cuda.current_device())
-    cases = [Case(b, m, *shape) for shape in shapes for b in bits for m in rows]
-    grids = {
-        (case, method): axes(case.bits, case.m, method, case.out_features, case.in_features, gpu.processors)
-        for case in cases
-        for method in own(case)
-    }
-    compile_all(
-        (
-            product.Variant.of(fit(plan, case, gpu), case.bits, torch.float16, product.Fused(), case.in_features, 1)
-            for (case, _), choices in grids.items()
-            for plan in every(START, choices[:2])
-        ),
-        "sm_{}{}".format(*gpu.capability),
+    found: dict[tuple[Case, Method], list[Descent]] = {}
+    for case in (Case(b, m, *shape) for shape in shapes for b in bits for m in rows):
+        for method in methods(case.bits, case.m):
+            if not wanted or method.name in wanted:
+                choices = axes(case.bits, case.m, method, case.out_features, case.in_features, gpu.processors)
+                known = table.launch(case, method) if refine else None
+                starts = [known] if known else [replace(start, **choices[0][0]) for start in STARTS]
+                found[case, method] = [Descent(case, choices, start) for start in starts]
+    descents = sorted((d for group in found.values() for d in group), key=lambda d: repr(d.case))
+    for _ in range(1 if refine else 2):
+        for axis in range(AXES):
+            _step(descents, axis, gpu)
+    for (case, _), group in found.items():
+        best = min(group, key=lambda d: d.times[d.best])
+        table.add(case, best.best, best.times[best.best], gpu.processors)
+
+
+def _step(descents: list[Descent], axis: int, gpu: product.Gpu) -> None:
+    plans = [(d.case, fit(plan, d.case, gpu)) for d in descents for plan in d.candidates(axis)]
+    variants = (
+        product.Variant.of(plan, case.bits, torch.float16, product.Fused(), case.in_features, 1) for case, plan in plans
     )
-    for case in sorted(cases, key=lambda case: case.m):
+    compile_all(variants, architecture(gpu))
+    for case, group in itertools.groupby(descents, key=lambda d: d.case):
         operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], case.x()
         out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
 
@@ -187,10 +226,8 @@ def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wa
             call = functools.partial(product.multiply, x, fused=product.Fused(), out=out, plan=plan)
             return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands)))
 
-        for method in own(case):
-            found = [descend(start, grids[case, method], microseconds, 2) for start in STARTS]
-            best = min(found, key=microseconds)
-            table.add(case, best, microseconds(best), gpu.processors)
+        for descent in group:
+            descent.step(axis, microseconds)
 
 
 def fit(plan: Launch, case: Case, gpu: product.Gpu) -> Launch:
@@ -200,14 +237,28 @@ def fit(plan: Launch, case: Case, gpu: product.Gpu) -> Launch:
 
 def chains(bits: list[int], models: list[str], table: Table) -> None:
     """First with look-up alone, then with planes too: where look-up wins again, beside planes, its row is replaced."""
-    processors = product.describe(torch.cuda.current_device()).processors
+    gpu = product.describe(torch.cuda.current_device())
+    processors = gpu.processors
     for name in models:
         chain = Chain(name, sorted(bits, reverse=True), 512)
+        compile_all(chain_variants(chain, bits, gpu), architecture(gpu))
         for b in sorted(bits):
             table.forget_chain(b, chain.shapes.values())
             for planes in (False, True)[: 2 if b <= launch.PLANES_MAX_BITS else 1]:
                 for part, plan, us in best_chain(chain, b, processors, planes=planes):
                     table.add(Case(b, 1, *chain.shapes[part]), plan, us, processors, chain=1)
+
+
+def chain_variants(chain: Chain, bits: list[int], gpu: product.Gpu) -> Iterator[product.Variant]:
+    """Of all launches that :func:`best_chain` may try."""
+    norm = torch.empty(0)
+    fused = {"qkv": product.Fused(norm), "gate_up": product.Fused(norm, gated=True)}
+    for (part, (out_features, in_features)), b in itertools.product(chain.shapes.items(), bits):
+        for method in methods(b, 1):
+            choices = axes(b, 1, method, out_features, in_features, gpu.processors)[:2]
+            for plan in every(START, choices):
+                plan = fit(plan, Case(b, 1, out_features, in_features), gpu)
+                yield product.Variant.of(plan, b, torch.float16, fused.get(part, product.Fused()), in_features, 1)
 
 
 def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> list[tuple[str, Launch, float]]:
@@ -224,7 +275,12 @@ def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> lis
         for method in methods(bits, 1):
             if planes or not method.planes:
                 choices = axes(bits, 1, method, *shapes[part], processors)[:3]
-                candidates.append(descend(replace(plans[part], alone=False), choices, time, 1))
+                descent = Descent(
+                    Case(bits, 1, *shapes[part]), choices, replace(plans[part], alone=False, **choices[0][0])
+                )
+                for axis in range(len(choices)):
+                    descent.step(axis, time)
+                candidates.append(descent.best)
         plans[part] = min(candidates, key=time)
     return [(part, plan, microseconds(part, plan)) for part, plan in plans.items()]
 
@@ -235,8 +291,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--shapes", nargs="+", help="as 4096x4096; default: those of nested_matmul.py and SmolLM2's")
     parser.add_argument(
-        "--methods", nargs="+", default=[], help="as planes-2: bit planes, clusters of two; default: all"
+        "--methods",
+        nargs="+",
+        default=[],
+        help="as planes-2: bit planes, clusters of two; default: all",
     )
+    parser.add_argument("--refine", action="store_true", help="one round, from the launches that the file has")
     parser.add_argument("--chain", action="store_true")
     parser.add_argument("--models", nargs="+", default=["vicuna7b", "mobilellama"])
     parser.add_argument("--commit", help="what to record, where there is no repository")
@@ -255,7 +315,7 @@ def main() -> None:
         chains(args.bits, args.models, table)
     else:
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes or ()]
-        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, args.methods, table)
+        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, args.methods, table, refine=args.refine)
 
 
 if __name__ == "__main__":

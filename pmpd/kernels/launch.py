@@ -172,10 +172,11 @@ class Measured:
 def measured() -> tuple[Measured, ...]:
     """What ``launches.csv`` has."""
     with resources.files("pmpd.kernels").joinpath("launches.csv").open(encoding="utf-8") as file:
-        return tuple(_parse(row) for row in csv.DictReader(file))
+        return tuple(parse(row) for row in csv.DictReader(file))
 
 
-def _parse(row: dict[str, str]) -> Measured:
+def parse(row: dict[str, str]) -> Measured:
+    """A row of such a file."""
     launch = Launch(
         splits=int(row["splits"]),
         teams=int(row["teams"]),
