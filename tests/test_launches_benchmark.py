@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -54,11 +54,9 @@ def test_what_the_table_has_is_where_refining_begins(launches: ModuleType, tmp_p
 
 
 def test_a_chain_is_compiled_for_what_its_descents_try(launches: ModuleType) -> None:
-    class Chain:
-        shapes = {"qkv": (12288, 4096), "output": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
-
+    shapes = {"qkv": (12288, 4096), "output": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
     gpu = launches.product.Gpu((9, 0), 132, 227 * 1024)
-    variants = set(launches.chain_variants(Chain(), [2], gpu))
+    variants = set(launches.chain_variants(SimpleNamespace(shapes=shapes), [2], gpu))
     assert {(v.norm, v.gated) for v in variants} == {(True, False), (True, True), (False, False)}
     assert {v.cluster for v in variants} == {1, 2}
     assert {v.stages for v in variants} <= {stages for stages, _ in launches.QUEUES}
