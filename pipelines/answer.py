@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import sys
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -30,6 +35,8 @@ ANSWERED = (
 
 WHOLE = os.environ.get("HYDRA_FULL_ERROR") == "1"
 """The user wants tracebacks. Read before :func:`answered` sets it for Hydra."""
+
+AGAIN_S = 0.05
 
 
 def answer(error: BaseException) -> int:
@@ -58,10 +65,43 @@ def answered(main: Callable[[], object]) -> None:
     Hydra has no hook for its own errors: it prints them and exits. Asked for whole errors, it raises them instead.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    before = sys.unraisablehook
+    sys.unraisablehook = partial(_interrupt_again, before)
     try:
         main()
     except ANSWERED as error:
         sys.exit(answer(error))
+    finally:
+        sys.unraisablehook = before
 
 
-__all__ = ["ANSWERED", "answer", "answered"]
+def _interrupt_again(otherwise: Callable[[sys.UnraisableHookArgs], object], lost: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C where Python can raise nothing (``__del__``, a callback from C), as libraries have many, comes once more.
+
+    Python's own way is to print it and go on, so that the user's wish is lost.
+    """
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        otherwise(lost)
+        return
+    again = threading.Timer(AGAIN_S, _thread.interrupt_main)  # at once it would be raised in here
+    again.daemon = True
+    again.start()
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around what a callback of Hydra's does: any error ends the process, as it would outside of one.
+
+    Hydra makes a warning of a callback's error and goes on, say with its own loop over a sweep's cells.
+    """
+    try:
+        try:
+            yield
+        except ANSWERED as error:
+            sys.exit(answer(error))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+__all__ = ["ANSWERED", "answer", "answered", "ending"]
