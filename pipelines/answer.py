@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -43,8 +43,8 @@ def answer(error: BaseException) -> int:
     """Log it in a line; returns the exit code.
 
     Raises:
-        BaseException: ``error`` itself, where its traceback says more: HYDRA_FULL_ERROR, or an operating system's error
-            that is no full disk.
+        BaseException: ``error`` itself, where its traceback says more: HYDRA_FULL_ERROR, an operating system's error
+            that is no full disk, or whatever happened while Hydra made one of our callbacks.
     """
     if isinstance(error, KeyboardInterrupt):
         log.error("interrupted; the same command goes on from here")
@@ -53,7 +53,7 @@ def answer(error: BaseException) -> int:
         log.error("error: the disk is full (%s); free some space and run the same command again", error)
         return 1
     system = isinstance(error, OSError) and not isinstance(error, HydraException)  # a missing file of conf/ is both
-    if system or WHOLE:
+    if system or WHOLE or isinstance(error, InstantiationException):
         raise error
     log.error("error: %s", explain(error))
     return 1

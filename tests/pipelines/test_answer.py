@@ -61,27 +61,29 @@ def test_what_else_is_lost_there_is_still_said(
     assert sys.unraisablehook is sys.__unraisablehook__
 
 
-SWEEP = """
+BROKEN = """
 import os, sys
 os.environ["HYDRA_MAIN_MODULE"] = "__main__"  # conf/ is found from the script's file, as when it is one
 from pipelines import multirun, run
 from pipelines.answer import answered
 
-def broken(overrides):
+def broken(*_):
     raise TypeError("a bug of ours")
 
-multirun.run_grid = broken
+multirun.{name} = broken
 answered(run.main)
 """
 
 
-def test_a_bug_in_a_sweep_ends_it_with_its_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SWEEP, "-m", "seed=0,1", "model.low_bits=7", f"hydra.sweep.dir={tmp_path}"]
+@pytest.mark.parametrize("name", ["run_grid", "WholeSweep.__init__"])
+def test_a_bug_in_a_sweep_ends_it_with_its_traceback(tmp_path: Path, name: str) -> None:
+    command = [sys.executable, "-c", BROKEN.format(name=name), "-m", "seed=0,1", "model.low_bits=7"]
+    command += [f"hydra.sweep.dir={tmp_path}"]
     done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert done.stderr.endswith("TypeError: a bug of ours\n")
-    assert done.stdout == ""  # Hydra's own loop would have begun
+    assert "in broken\n" in done.stderr
+    assert "TypeError: a bug of ours\n" in done.stderr
+    assert done.stdout == ""  # where Hydra's own loop would say that it begins
 
 
 def test_a_search_whose_choice_fails_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
