@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from pipelines.interrupts import heard
 from pipelines.mistakes import explain
 from pmpd.artifacts import StoreError, disk_is_full
 from pmpd.kernels import CudaUnavailableError
@@ -35,8 +33,6 @@ ANSWERED = (
 
 WHOLE = os.environ.get("HYDRA_FULL_ERROR") == "1"
 """The user wants tracebacks. Read before :func:`answered` sets it for Hydra."""
-
-AGAIN_S = 0.05
 
 
 def answer(error: BaseException) -> int:
@@ -65,27 +61,11 @@ def answered(main: Callable[[], object]) -> None:
     Hydra has no hook for its own errors: it prints them and exits. Asked for whole errors, it raises them instead.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    before = sys.unraisablehook
-    sys.unraisablehook = partial(_interrupt_again, before)
     try:
-        main()
+        with heard():
+            main()
     except ANSWERED as error:
         sys.exit(answer(error))
-    finally:
-        sys.unraisablehook = before
-
-
-def _interrupt_again(otherwise: Callable[[sys.UnraisableHookArgs], object], lost: sys.UnraisableHookArgs) -> None:
-    """Ctrl-C where Python can raise nothing (``__del__``, a callback from C), as libraries have many, comes once more.
-
-    Python's own way is to print it and go on, so that the user's wish is lost.
-    """
-    if not issubclass(lost.exc_type, KeyboardInterrupt):
-        otherwise(lost)
-        return
-    again = threading.Timer(AGAIN_S, _thread.interrupt_main)  # at once it would be raised in here
-    again.daemon = True
-    again.start()
 
 
 @contextmanager

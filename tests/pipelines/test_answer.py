@@ -1,65 +1,17 @@
-"""What ends a run: Ctrl-C wherever it falls, and what goes wrong in a callback of Hydra's."""
+"""What goes wrong in a callback of Hydra's ends a run."""
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from hydra._internal.callbacks import Callbacks
 from omegaconf import OmegaConf
 
-from pipelines.answer import answered
 from pipelines.grid import CONF
 from pipelines.tune import RESULTS
-
-
-class Deaf:
-    """Interrupted while it goes, where Python raises nothing."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
-def test_ctrl_c_where_nothing_can_be_raised_is_not_lost(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # put back afterwards
-    reached = []
-
-    def main() -> None:
-        Deaf()
-        time.sleep(5)
-        reached.append("the end")
-
-    try:
-        with pytest.raises(SystemExit) as ended:
-            answered(main)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert ended.value.code == 130
-    assert not reached
-    assert [r.getMessage() for r in caplog.records] == ["interrupted; the same command goes on from here"]
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_what_else_is_lost_there_is_still_said(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    class Broken:
-        def __del__(self) -> None:
-            raise TypeError("a bug of somebody's")
-
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest's makes a warning of it
-    answered(Broken)
-    assert "TypeError: a bug of somebody's" in capfd.readouterr().err
-    assert sys.unraisablehook is sys.__unraisablehook__
-
 
 BROKEN = """
 import os, sys
