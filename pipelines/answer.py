@@ -13,7 +13,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pipelines.interrupts import heard
+from pipelines.interrupts import came, heard
 from pipelines.mistakes import explain
 from pmpd.artifacts import StoreError, disk_is_full
 from pmpd.kernels import CudaUnavailableError
@@ -42,7 +42,7 @@ def answer(error: BaseException) -> int:
         BaseException: ``error`` itself, where its traceback says more: HYDRA_FULL_ERROR, an operating system's error
             that is no full disk, or whatever happened while Hydra made one of our callbacks.
     """
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or came():
         log.error("interrupted; the same command goes on from here")
         return 130
     if isinstance(error, OSError) and disk_is_full(error):

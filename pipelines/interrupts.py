@@ -9,13 +9,20 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, SimpleNamespace
 
 AGAIN_S = 0.05
 
 COMPILERS = ("llvmlite", "numba")
 """Packages whose Python code LLVM calls, and which leave halves of LLVM's objects when they are interrupted: of 33
 interrupts within 30 ms of a quantiser's start 3 were lost and 2 followed by a traceback of llvmlite's."""
+
+_latest = SimpleNamespace(came=False)  # no threading.Event: its lock would stop a handler that interrupts another
+
+
+def came() -> bool:
+    """Whether SIGINT was raised in the latest :func:`heard`: an error after it may be what C code made of it."""
+    return bool(_latest.came)
 
 
 @contextmanager
@@ -25,6 +32,7 @@ def heard() -> Iterator[None]:
     Takes SIGALRM's timer for that. Where SIGINT is ignored, as in a job that a shell started in the background, it
     stays so.
     """
+    _latest.came = False
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
@@ -52,6 +60,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     compiling = _within(frame, COMPILERS)
     signal.setitimer(signal.ITIMER_REAL, AGAIN_S if compiling else 0)
     if not compiling:
+        _latest.came = True
         raise KeyboardInterrupt
 
 
@@ -64,4 +73,4 @@ def _within(frame: FrameType | None, packages: tuple[str, ...]) -> bool:
     return False
 
 
-__all__ = ["heard"]
+__all__ = ["came", "heard"]

@@ -35,14 +35,23 @@ def compiles(reached: list[str]) -> None:
     exec(text, {"__name__": "numba.core", "reached": reached, "interrupt": lambda: signal.raise_signal(signal.SIGINT)})
 
 
+def becomes_another_error(reached: list[str]) -> None:
+    """As in PyTorch where it asks Python for a shape."""
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape") from None
+
+
 @pytest.mark.parametrize(
     ("interrupted", "first"),
     [
         (lambda reached: signal.raise_signal(signal.SIGINT), []),
         (lambda reached: Deaf(), []),
         (compiles, ["compiled"]),
+        (becomes_another_error, []),
     ],
-    ids=["anywhere", "in __del__", "in a compiler"],
+    ids=["anywhere", "in __del__", "in a compiler", "in C code"],
 )
 def test_an_interrupt_ends_a_run_in_a_line(
     caplog: pytest.LogCaptureFixture,
