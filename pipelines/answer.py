@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from pipelines.interrupts import came, heard
 from pipelines.mistakes import explain
 from pmpd.artifacts import StoreError, disk_is_full
 from pmpd.kernels import CudaUnavailableError
@@ -36,17 +39,17 @@ def answer(error: BaseException) -> int:
     """Log it in a line; returns the exit code.
 
     Raises:
-        BaseException: ``error`` itself, where its traceback says more: HYDRA_FULL_ERROR, or an operating system's error
-            that is no full disk.
+        BaseException: ``error`` itself, where its traceback says more: HYDRA_FULL_ERROR, an operating system's error
+            that is no full disk, or whatever happened while Hydra made one of our callbacks.
     """
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or came():
         log.error("interrupted; the same command goes on from here")
         return 130
     if isinstance(error, OSError) and disk_is_full(error):
         log.error("error: the disk is full (%s); free some space and run the same command again", error)
         return 1
     system = isinstance(error, OSError) and not isinstance(error, HydraException)  # a missing file of conf/ is both
-    if system or WHOLE:
+    if system or WHOLE or isinstance(error, InstantiationException):
         raise error
     log.error("error: %s", explain(error))
     return 1
@@ -59,9 +62,26 @@ def answered(main: Callable[[], object]) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        main()
+        with heard():
+            main()
     except ANSWERED as error:
         sys.exit(answer(error))
 
 
-__all__ = ["ANSWERED", "answer", "answered"]
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around what a callback of Hydra's does: any error ends the process, as it would outside of one.
+
+    Hydra makes a warning of a callback's error and goes on, say with its own loop over a sweep's cells.
+    """
+    try:
+        try:
+            yield
+        except ANSWERED as error:
+            sys.exit(answer(error))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+__all__ = ["ANSWERED", "answer", "answered", "ending"]

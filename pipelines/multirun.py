@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from transformers.utils import logging as transformers_logging
 
-from pipelines.answer import ANSWERED, answer
+from pipelines.answer import ending
 from pipelines.grid import compose_grid
 from pipelines.report import PAPER, Missing, commands_of, report_cells, send
 from pipelines.sweep import Sweep, entry
@@ -32,10 +32,8 @@ class WholeSweep(Callback):
             return
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        try:
+        with ending():
             missing = run_grid([str(o) for o in config.hydra.overrides.task])
-        except ANSWERED as error:
-            sys.exit(answer(error))
         sys.exit(1 if missing else 0)
 
 

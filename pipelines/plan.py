@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pipelines.choices import SEARCHED, Choosing, Precisions, candidates, choose, prefill_bits
 from pipelines.machines import Measured, Measures, check_hardware, measures
 from pipelines.quantised import nested_model
-from pipelines.sources import device_type, encoder_input, task_input, text_input
+from pipelines.sources import device_type, encoder_input, rules_input, task_input, text_input
 from pmpd.artifacts import DamagedArtifactError, Input, Node, Store
 from pmpd.config import (
     Config,
@@ -286,6 +286,7 @@ class Planner:
             ),
             model=self.model,
             data=task_input(config, split, self.digests),
+            **rules_input(task.dataset, self.digests),
         )
 
 

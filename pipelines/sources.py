@@ -1,4 +1,4 @@
-"""What a plan starts from, keyed by content: data files, BERTScore's encoder, a policy's module, the kind of device.
+"""What a plan starts from, keyed by content: data, BERTScore's encoder, modules of policies and tasks, the device.
 
 Finds and keys them; reads no text and loads no weight.
 """
@@ -16,7 +16,7 @@ from pmpd.metrics import encoder_folder
 from pmpd.models import ModelError, digest, resolve
 from pmpd.schedulers import policy_file
 from pmpd.stages.inputs import DATA, DataConfig
-from pmpd.tasks import DataError, hub_commit, locate
+from pmpd.tasks import DataError, hub_commit, locate, rules_file
 
 
 def text_input(config: Config, digests: Path) -> Input:
@@ -88,8 +88,21 @@ def policy_input(policy: str, digests: Path) -> Root:
     Raises:
         ValueError: no such policy.
     """
-    file = policy_file(policy)
-    return Root(f"{policy}.py", digest_files([file], digests), partial(Path, file))
+    return _module_input(policy_file(policy), digests)
+
+
+def rules_input(dataset: str, digests: Path) -> dict[str, Input]:
+    """The module of a data set's rules, likewise; nothing of a shipped one.
+
+    Raises:
+        DataError: no such data set.
+    """
+    file = rules_file(dataset)
+    return {} if file is None else {"rules": _module_input(file, digests)}
+
+
+def _module_input(file: Path, digests: Path) -> Root:
+    return Root(file.name, digest_files([file], digests), partial(Path, file))
 
 
 def encoder_input(encoder: str, digests: Path) -> Root:

@@ -24,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from pipelines.answer import ANSWERED, answer, answered
+from pipelines.answer import ANSWERED, answer, answered, ending
 from pipelines.choices import prefill_bits
 from pipelines.grid import CONF
 from pipelines.learning import network
@@ -70,40 +70,48 @@ def _build(node: Node, store: Store, tracking: Tracking) -> None:
 
 
 class Chosen(Callback):
-    """Ends a search: the best point and its network are put into the store."""
+    """Ends a search with its choice."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra's hook, after the sweeper has written what it found."""
-        results = OmegaConf.load(Path(config.hydra.sweep.dir) / RESULTS)
-        assert isinstance(results, DictConfig)
-        best = {str(k): v for k, v in results.best_params.items()}
-        sweeper = config.hydra.sweeper
-        given = [str(o) for o in config.hydra.overrides.task if str(o).partition("=")[0] not in best]
-        overrides = [*given, *(f"{name}={value}" for name, value in best.items())]
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3", job_name="tune"):
-            chosen = from_omegaconf(compose("config", overrides=["scheduler=learned", *overrides]))
-        store = Store(Path(chosen.store))
-        tracking = Tracking(chosen, chosen.run_name, store)
-        space = {str(k): str(v) for k, v in sweeper.params.items()}
-        trained = trial(chosen, store, tracking)
-        node = HYPERPARAMETERS.node(
-            HyperparametersConfig(space, best, int(sweeper.n_trials), OBJECTIVE), network=trained
-        )
-        _build(node, store, tracking)
-        metrics = read_summary(store.verify(trained))["metrics"]
-        log.info(
-            "chosen of %d trials: %s = %.4f on %d held-out seed prompts (accuracy %.2f, of always saying the commonest "
-            "class %.2f); artifact %s\nuse it with: python pipelines/run.py scheduler=learned %s",
-            sweeper.n_trials,
-            OBJECTIVE,
-            metrics[OBJECTIVE],
-            metrics["num_holdout"],
-            metrics["holdout_accuracy"],
-            metrics["majority_accuracy"],
-            store.path(node),
-            shlex.join(overrides),
-        )
+        with ending():
+            choose(config)
+
+
+def choose(config: DictConfig) -> None:
+    """Put the best point of the search that ran under ``config``, and its network, into the store.
+
+    Raises:
+        ValueError, StoreError: as for a trial.
+    """
+    results = OmegaConf.load(Path(config.hydra.sweep.dir) / RESULTS)
+    assert isinstance(results, DictConfig)
+    best = {str(k): v for k, v in results.best_params.items()}
+    sweeper = config.hydra.sweeper
+    given = [str(o) for o in config.hydra.overrides.task if str(o).partition("=")[0] not in best]
+    overrides = [*given, *(f"{name}={value}" for name, value in best.items())]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="tune"):
+        chosen = from_omegaconf(compose("config", overrides=["scheduler=learned", *overrides]))
+    store = Store(Path(chosen.store))
+    tracking = Tracking(chosen, chosen.run_name, store)
+    space = {str(k): str(v) for k, v in sweeper.params.items()}
+    trained = trial(chosen, store, tracking)
+    node = HYPERPARAMETERS.node(HyperparametersConfig(space, best, int(sweeper.n_trials), OBJECTIVE), network=trained)
+    _build(node, store, tracking)
+    metrics = read_summary(store.verify(trained))["metrics"]
+    log.info(
+        "chosen of %d trials: %s = %.4f on %d held-out seed prompts (accuracy %.2f, of always saying the commonest "
+        "class %.2f); artifact %s\nuse it with: python pipelines/run.py scheduler=learned %s",
+        sweeper.n_trials,
+        OBJECTIVE,
+        metrics[OBJECTIVE],
+        metrics["num_holdout"],
+        metrics["holdout_accuracy"],
+        metrics["majority_accuracy"],
+        store.path(node),
+        shlex.join(overrides),
+    )
 
 
 @hydra.main(config_path="../conf", config_name="tune", version_base="1.3")

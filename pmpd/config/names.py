@@ -73,11 +73,14 @@ def takes(name: str, value: object) -> str | None:
 
 def strangers(value: object, name: str = "") -> list[str]:
     """Dotted names of what a cell's objects hold beside their fields: added by force, and read by nothing."""
-    if not dataclasses.is_dataclass(value):
+    if isinstance(value, dict):
+        held, found = value, []
+    elif dataclasses.is_dataclass(value):
+        held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        found = [name + key for key in vars(value) if key not in held]
+    else:
         return []
-    own = [field.name for field in dataclasses.fields(value)]
-    found = [name + key for key in vars(value) if key not in own]
-    return found + [stranger for key in own for stranger in strangers(getattr(value, key), f"{name}{key}.")]
+    return found + [stranger for key, below in held.items() for stranger in strangers(below, f"{name}{key}.")]
 
 
 def _below(kind: type, prefix: str, inside: tuple[type, ...]) -> Iterable[tuple[str, Any]]:

@@ -77,6 +77,13 @@ def test_a_mistake_on_the_command_line_names_the_mend(override: str, said: str) 
     assert re.fullmatch(re.escape(said).replace(r"\*", ".*"), said_of(override))
 
 
+def test_a_field_added_to_what_a_stage_needs_is_refused() -> None:
+    said = said_of("launcher=local", "+launcher.stages.quantize.cpu=3")
+    assert said.startswith(
+        "+launcher.stages.quantize.cpu is not possible: there is no field launcher.stages.quantize.cpu"
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

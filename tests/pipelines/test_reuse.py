@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import pytest
 from pipelines.plan import MissingSearchError, Planner
 from pmpd.artifacts import Store
 from pmpd.stages import execute
+from pmpd.tasks import TASKS
 from tests.pipelines.cells import cell, overrides, run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -87,6 +89,43 @@ def test_two_models_do_not_share_and_two_schedulers_do(store, tiny_llama):
     assert nested("quantizer.parent_bits=6") != nested()
 
 
+RULES = """
+from pmpd.records import Sample
+
+class Mine:
+    columns = ("text",)
+
+    def samples(self, rows, **how):
+        return [Sample(f"{k}", (row["text"],)) for k, row in enumerate(rows)]
+"""
+
+
+def test_a_task_of_ones_own_that_was_edited_is_asked_again(store, tiny_llama, tmp_path, monkeypatch):
+    file, rows = tmp_path / "mine.py", tmp_path / "data" / "mine" / "test.jsonl"
+    file.write_text(RULES)
+    rows.parent.mkdir(parents=True)
+    rows.write_text('{"text": "Why?"}\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(TASKS, "mine", importlib.import_module("mine").Mine())
+    lines = overrides(tiny_llama, store, "scheduler=high", "task.dataset=mine")
+    lines = [line for line in lines if line != "data=samples"]
+
+    def keys() -> set[str]:
+        planned = Planner(cell(*lines, f"data.root={tmp_path / 'data'}", "data.text_root=samples"), Store(store)).cell()
+        return {n.key for n in planned.evaluation.ancestors() if n.stage in ("prompts", "rollouts", "evaluate")}
+
+    first = keys()
+    assert keys() == first
+    file.write_text(RULES.replace("{k}", "row {k}"))
+    assert not keys() & first
+
+
+def test_no_text_of_a_shipped_task_is_in_a_key(store, tiny_llama):
+    planned = Planner(cell(*overrides(tiny_llama, store, "scheduler=high")), Store(store)).cell()
+    [prompts] = {n.key: n for n in planned.evaluation.ancestors() if n.stage == "prompts"}.values()
+    assert prompts.inputs.keys() == {"model", "data"}
+
+
 def identical(one: Path, two: Path) -> int:
     """Compare the digests of every artifact that both stores hold, times apart; returns how many there were."""
     count = 0
@@ -111,10 +150,11 @@ def test_a_run_stopped_in_a_stage_goes_on_and_ends_bit_identical(tiny_llama, tmp
         # A job that a shell started in the background ignores SIGINT, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "store").glob("quantize/*.work")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert victim.poll() is None, "finished before it could be killed"
+    deadline = time.monotonic() + 240
+    while not (begun := list((tmp_path / "store").glob("quantize/*.work"))) and victim.poll() is None:
+        assert time.monotonic() < deadline, "too slow to be killed in a stage"
+        time.sleep(0.005)
+    assert begun, "finished before it could be killed"
     os.kill(victim.pid, how)
     said, _ = victim.communicate(timeout=60)
     killed = time.time()
