@@ -212,7 +212,7 @@ def _policy(of: Choosing) -> Choice:
         nested=planner.nested,
         prompts=of.prompts,
         rollouts=of.rollouts,
-        policy=policy_input(scheduler.policy, planner.digests),
+        **policy_input(scheduler.policy, planner.digests),
         **trained,
     )
     return Choice(inputs={"decisions": decisions}, training=trained.get("network"))

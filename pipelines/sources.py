@@ -82,13 +82,14 @@ def _data_input(
     return Root(str(found), digest_files([found], digests), partial(Path, found))
 
 
-def policy_input(policy: str, digests: Path) -> Root:
-    """A policy's module by its text, so that one that is being written is never answered by what it said before.
+def policy_input(policy: str, digests: Path) -> dict[str, Input]:
+    """A policy's module by its text, so that one being written is never answered by what it said before; nothing of a
+    shipped one.
 
     Raises:
         ValueError: no such policy.
     """
-    return _module_input(policy_file(policy), digests)
+    return _module_input("policy", policy_file(policy), digests)
 
 
 def rules_input(dataset: str, digests: Path) -> dict[str, Input]:
@@ -97,12 +98,11 @@ def rules_input(dataset: str, digests: Path) -> dict[str, Input]:
     Raises:
         DataError: no such data set.
     """
-    file = rules_file(dataset)
-    return {} if file is None else {"rules": _module_input(file, digests)}
+    return _module_input("rules", rules_file(dataset), digests)
 
 
-def _module_input(file: Path, digests: Path) -> Root:
-    return Root(file.name, digest_files([file], digests), partial(Path, file))
+def _module_input(name: str, file: Path | None, digests: Path) -> dict[str, Input]:
+    return {} if file is None else {name: Root(file.name, digest_files([file], digests), partial(Path, file))}
 
 
 def encoder_input(encoder: str, digests: Path) -> Root:

@@ -35,18 +35,23 @@ class Setting:
     network: LearnedNetwork | None = None
 
 
+SHIPPED = ("confidence", "learned", "random", "random_prior")
+"""Policies that tests and the version of the stage that asks them pin, so their text is in no key."""
+
+
 def policy_names() -> list[str]:
     """Every policy that there is."""
     return sorted(module.name for module in pkgutil.iter_modules(policies.__path__))
 
 
-def policy_file(policy: str) -> Path:
-    """The file whose text is the policy.
+def policy_file(policy: str) -> Path | None:
+    """The file whose text is the policy; None of a shipped one.
 
     Raises:
         ValueError: no such policy.
     """
-    return Path(_module(policy).__file__)
+    file = Path(_module(policy).__file__)
+    return None if policy in SHIPPED else file
 
 
 def trained_for(policy: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pmpd.records import Prefill, class_schedules
-from pmpd.schedulers import Setting, build, check_options, policies, policy_names, trained_for
+from pmpd.schedulers import Setting, build, check_options, policies, policy_file, policy_names, trained_for
 
 SETTING = Setting(4, (4, 3), tuple(class_schedules(4, (4, 3), 30)), 0)
 
@@ -20,6 +20,7 @@ def test_every_file_is_a_policy_and_says_what_it_needs() -> None:
     assert policy_names() == sorted(f.stem for f in folder.glob("*.py") if f.stem != "__init__")
     for name in policy_names():
         assert set(trained_for(name)) <= {"network", "labels"}
+        assert policy_file(name) is None, f"{name} is shipped: name it in SHIPPED, so that its text is in no key"
 
 
 def test_a_file_and_a_name_are_all_that_a_new_policy_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
