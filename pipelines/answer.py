@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pipelines.interrupts import came, heard
-from pipelines.mistakes import explain
+from pipelines.mistakes import explain, field_of_null
 from pmpd.artifacts import StoreError, disk_is_full
 from pmpd.kernels import CudaUnavailableError
 
@@ -64,7 +64,9 @@ def answered(main: Callable[[], object]) -> None:
     try:
         with heard():
             main()
-    except ANSWERED as error:
+    except (*ANSWERED, AssertionError) as error:
+        if isinstance(error, AssertionError) and field_of_null(error) is None:
+            raise
         sys.exit(answer(error))
 
 
@@ -77,7 +79,9 @@ def ending() -> Iterator[None]:
     try:
         try:
             yield
-        except ANSWERED as error:
+        except (*ANSWERED, AssertionError) as error:
+            if isinstance(error, AssertionError) and field_of_null(error) is None:
+                raise
             sys.exit(answer(error))
     except Exception:
         traceback.print_exc()

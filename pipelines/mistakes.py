@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -22,6 +22,9 @@ from pmpd.config.names import did_you_mean, holds_groups, is_open, near, nearest
 
 def explain(error: BaseException) -> str:
     """One line for an error of Hydra's, OmegaConf's or a YAML file's; any other's own words."""
+    if isinstance(error, AssertionError) and (override := field_of_null(error)):
+        holder = override.partition("=")[0].rpartition(".")[0]
+        return f"{override} is not possible: {holder} is null here, so it has no fields"
     if isinstance(error, MissingConfigException):
         return _choice(error)
     if isinstance(error, OverrideParseException):
@@ -43,6 +46,16 @@ def explain(error: BaseException) -> str:
     words = (takes(name, value) if isinstance(cause, ValidationError) else None) or str(cause).partition("\n")[0]
     shown = f"{name}={value}" if takes(name, value) and value is not None else _given(error) or name
     return f"{shown} is not possible{place}: {words}"
+
+
+def field_of_null(error: AssertionError) -> str | None:
+    """The override whose assertion this is: OmegaConf has no error of its own for a field of what is null."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_code is not OmegaConf.update.__code__:
+        return None
+    return "{key}={value}".format(**trace.tb_frame.f_locals)
 
 
 def _choice(error: MissingConfigException) -> str:
@@ -98,4 +111,4 @@ def _where(error: BaseException) -> str:
     return "" if found is None or found[1] in ("config", "tune", "hydra/config") else f" in {found[1]}.yaml"
 
 
-__all__ = ["explain"]
+__all__ = ["explain", "field_of_null"]

@@ -151,6 +151,25 @@ def test_a_hydra_script_says_it_and_fails(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_field_of_what_is_null_is_refused_and_an_assertion_of_ours_is_not_answered(
+    as_script: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "scheduler.target.name=static"])
+    with pytest.raises(SystemExit, match="1"):
+        answered(run.main)
+    [said] = [r.getMessage() for r in caplog.records]
+    assert (
+        said
+        == "error: scheduler.target.name=static is not possible: scheduler.target is null here, so it has no fields"
+    )
+
+    def ours() -> None:
+        raise AssertionError("a bug")
+
+    with pytest.raises(AssertionError, match="a bug"):
+        answered(ours)
+
+
 def test_the_report_says_it_and_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["report.py", "experiment=mian"])
     assert report.main() == 1
