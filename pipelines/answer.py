@@ -61,9 +61,14 @@ def answered(main: Callable[[], object]) -> None:
     Hydra has no hook for its own errors: it prints them and exits. Asked for whole errors, it raises them instead.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    with _answering(), heard():
+        main()
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
     try:
-        with heard():
-            main()
+        yield
     except (*ANSWERED, AssertionError) as error:
         if isinstance(error, AssertionError) and field_of_null(error) is None:
             raise
@@ -77,12 +82,8 @@ def ending() -> Iterator[None]:
     Hydra makes a warning of a callback's error and goes on, say with its own loop over a sweep's cells.
     """
     try:
-        try:
+        with _answering():
             yield
-        except (*ANSWERED, AssertionError) as error:
-            if isinstance(error, AssertionError) and field_of_null(error) is None:
-                raise
-            sys.exit(answer(error))
     except Exception:
         traceback.print_exc()
         sys.exit(1)

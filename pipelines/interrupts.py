@@ -29,11 +29,11 @@ def came() -> bool:
 def heard() -> Iterator[None]:
     """Within it SIGINT raises KeyboardInterrupt in the main thread, after a compiler or a ``__del__`` where one runs.
 
-    Takes SIGALRM's timer for that. Where SIGINT is ignored, as in a job that a shell started in the background, it
-    stays so.
+    Takes SIGALRM's timer for that; where a system has none, nothing changes. Where SIGINT is ignored, as in a job that
+    a shell started in the background, it stays so.
     """
     _latest.came = False
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not hasattr(signal, "setitimer") or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     say_lost, at_alarm = sys.unraisablehook, signal.getsignal(signal.SIGALRM)

@@ -84,7 +84,8 @@ def test_every_quantiser_asked_for_has_its_rows_once(
             assert found["joint-tuned", b, c]["perplexity"] == found["joint", b, c]["perplexity"]
     assert found["joint-tuned", "2", "c4"]["perplexity"] != found["joint", "2", "c4"]["perplexity"]
     assert all(row["agreement"] == "100.0000" for row in rows if row["quantizer"] == "fp16")
-    assert all(float(row["peak_gib"]) > 0 for row in rows if row["quantizer"] != "fp16")
+    peaks = [float(row["peak_gib"]) for row in rows if row["quantizer"] != "fp16"]
+    assert all(0.05 < peak < 50 for peak in peaks), "a process with PyTorch in it, in GiB"
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
