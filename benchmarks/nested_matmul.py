@@ -20,11 +20,12 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import itertools
 import math
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SHAPES = [
 ROTATED_BYTES = 200e6
 """Weights that a graph goes through: four times an H100's L2 cache."""
 REPLAYS = 20
+ROWS = (1, 2, 4, 8)
 GROUP = 128
 
 Call = Callable[[int], Any]
@@ -175,11 +177,11 @@ def cublas_fp16(case: Case) -> Call:
 
 PROVIDERS: dict[str, tuple[Callable[[Case], Call], tuple[int, ...], tuple[int, ...]]] = {
     # name: (how, bits, rows of x)
-    "pmpd": (pmpd, (2, 3, 4, 5, 6, 8), (1, 2, 4, 8)),
-    "any-precision": (any_precision, (2, 3, 4, 5, 6, 8), (1,)),
+    "pmpd": (pmpd, (2, 3, 4, 5, 6, 8), ROWS),
+    "any-precision": (any_precision, (2, 3, 4, 5, 6, 8), ROWS),
     "anybcq": (anybcq, (2, 3, 4), (1,)),
-    "torch-int4": (torch_int4, (4,), (1,)),
-    "cublas-fp16": (cublas_fp16, (16,), (1, 2, 4, 8)),
+    "torch-int4": (torch_int4, (4,), ROWS),
+    "cublas-fp16": (cublas_fp16, (16,), ROWS),
     "humming": (humming, (2, 3, 4), (1,)),
     "gemlite": (gemlite, (2, 4), (1,)),
     "torchao": (torchao, (4,), (1,)),
@@ -261,39 +263,45 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
     return {key: round(value, 3) for key, value in values.items()}
 
 
-def report(path: Path) -> None:
-    """Ratios of peers over ours, geometric means, and shares of the ceiling."""
+def read(path: Path) -> tuple[float, dict[tuple[str, Case], float]]:
+    """The ceiling, bytes a second, and medians in microseconds by provider and case."""
     with path.open() as file:
         rows = list(csv.DictReader(file))
     ceiling = next(float(row["median"]) for row in rows if row["op"] == "copy") * 1e9
-    times = {
-        (row["provider"], Case(*(int(row[key]) for key in ("bits", "m", "out_features", "in_features")))): float(
-            row["median"]
-        )
+    keys = ("bits", "m", "out_features", "in_features")
+    return ceiling, {
+        (row["provider"], Case(*(int(row[key]) for key in keys))): float(row["median"])
         for row in rows
         if row["op"] != "copy"
     }
+
+
+def over(times: dict[tuple[str, Case], float], provider: str, bits: int, m: int) -> list[float]:
+    """``provider``'s times over ours, by product that both have; 16 bits are compared with ours at every precision."""
+    own_bits = 16 if provider == "cublas-fp16" else bits
+    return [
+        times[provider, replace(case, bits=own_bits)] / us
+        for (name, case), us in times.items()
+        if (name, case.bits, case.m) == ("pmpd", bits, m) and (provider, replace(case, bits=own_bits)) in times
+    ]
+
+
+def report(path: Path) -> None:
+    """By product: one row's time, its share of the ceiling, several rows over one. By peer: its times over ours."""
+    ceiling, times = read(path)
     ours = {case: us for (provider, case), us in times.items() if provider == "pmpd"}
     for bits in sorted({case.bits for case in ours}):
-        print(f"\n{bits} bits, M = 1")
-        ratios: dict[str, list[float]] = {}
+        print(f"\n{bits} bits")
         for case, us in ours.items():
-            if case.bits != bits or case.m != 1:
-                continue
-            share = 1e6 * case.weight_bytes / us / ceiling
-            line = f"{case.out_features} x {case.in_features}: {us:.2f} us, {share:.0%} of the ceiling"
-            for provider in PROVIDERS:
-                peer = Case(16 if provider == "cublas-fp16" else bits, 1, case.out_features, case.in_features)
-                if provider != "pmpd" and (provider, peer) in times:
-                    ratio = times[provider, peer] / us
-                    ratios.setdefault(provider, []).append(ratio)
-                    line += f", {provider} {times[provider, peer]:.2f} ({ratio:.2f}x)"
-            for m in (2, 4, 8):
-                several = Case(bits, m, case.out_features, case.in_features)
-                line += f", M={m} {ours[several] / us:.2f}x" if several in ours else ""
-            print(line)
-        for provider, values in ratios.items():
-            print(f"over {provider}: geometric mean {statistics.geometric_mean(values):.2f}x, least {min(values):.2f}x")
+            if (case.bits, case.m) == (bits, 1):
+                share = 1e6 * case.weight_bytes / us / ceiling
+                line = f"{case.out_features} x {case.in_features}: {us:.2f} us, {share:.0%} of the ceiling"
+                several = {m: ours[replace(case, m=m)] for m in ROWS if replace(case, m=m) in ours}
+                print(line + "".join(f", M={m} {t / us:.2f}x" for m, t in several.items() if m > 1))
+        for m, provider in itertools.product(ROWS, PROVIDERS):
+            if provider != "pmpd" and (values := over(times, provider, bits, m)):
+                mean, least = statistics.geometric_mean(values), min(values)
+                print(f"M={m} over {provider}: geometric mean {mean:.2f}x, least {least:.2f}x ({len(values)} products)")
 
 
 def draw(path: Path) -> None:
