@@ -34,8 +34,12 @@ LABELS = {
     "joint-4": "joint, 2 to 4 bits",
     "joint-4-tuned": "the same, tuned",
     "joint-4-outliers": "joint, 2 to 4 bits, 0.5 % outliers (+0.18 bits)",
+    "joint-4-outliers-tuned": "the same, tuned",
+    "joint-4-groups": "joint, 2 to 4 bits, a table for 192 columns (+0.24, 0.48, 0.96 bits)",
 }
 """Nested quantisers in the tables' order."""
+MORE_BITS = {"joint-4-outliers", "joint-4-outliers-tuned", "joint-4-groups"}
+"""Those that read more than the planes and one table a row: not compared for a column's best."""
 DRAWN = [name for name in LABELS if name != "anyprec-exact-0.75"]
 DRAWN_PEERS = {"gptq-96-asym-mse": "s", "autoround-96-asym": "^", "anybcq-192": "D"}
 """In black, by marker."""
@@ -61,6 +65,10 @@ def spread(values: pd.Series, digits: int = 2) -> str:
     return f"{mean:.{digits}f}" + (f" ± {far:.{digits}f}" if len(values) > 1 else "")
 
 
+def untuned(name: str) -> str:
+    return name.removesuffix("-tuned")
+
+
 def lines(header: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body))
 
@@ -80,13 +88,11 @@ def everything(rows: pd.DataFrame) -> str:
 
 
 def by_bits(rows: pd.DataFrame, first: str, cell: Callable[[pd.DataFrame], str], best: Callable[..., float]) -> str:
-    """A line a nested quantiser, a column a precision; the best mean of a column in bold."""
+    """A line a nested quantiser, a column a precision; in bold a column's best mean at the same true bits."""
     cells = {key: cell(part) for key, part in rows.groupby(["quantizer", "bits"])}
-    top = {b: best((float(c.split()[0]), n) for (n, own), c in cells.items() if own == b and n in LABELS) for b in BITS}
-    for b, (value, _) in top.items():
-        for (name, own), text in cells.items():
-            if own == b and float(text.split()[0]) == value:
-                cells[name, own] = f"**{text}**"
+    means = {(name, b): float(text.split()[0]) for (name, b), text in cells.items() if name not in MORE_BITS}
+    top = {b: best(mean for (_, own), mean in means.items() if own == b) for b in BITS}
+    cells |= {key: f"**{cells[key]}**" for key, mean in means.items() if mean == top[key[1]]}
     body = [[label, *(cells.get((name, b), "") for b in BITS)] for name, label in LABELS.items()]
     return lines([first, *map(str, BITS)], [row for row in body if any(row[1:])])
 
@@ -132,7 +138,7 @@ def schedules(rows: pd.DataFrame) -> str:
 
     body = [
         [
-            LABELS[name].replace("the same", LABELS[name.removesuffix("-tuned")]),
+            LABELS[name].replace("the same", LABELS[untuned(name)]),
             uniform(own, 4),
             *(
                 " / ".join([at(own, f"4:4@{step},{low}") for step in (32, 16, 8)] + [at(own, f"4:{low}")])
@@ -174,8 +180,9 @@ def tables_of(results: Path) -> dict[str, str]:
 
 
 def plot_perplexity(rows: pd.DataFrame, file: Path) -> None:
-    """Nats a token above 16 bits, which spreads out what perplexities crowd together."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, sharey=True)
+    """Nats a token above 16 bits, which spreads out what perplexities crowd together; tuned ones are dashed."""
+    colors = {name: f"C{k}" for k, name in enumerate(dict.fromkeys(map(untuned, DRAWN)))}
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4), sharex=True, sharey=True, layout="constrained")
     for axis, (corpus, title) in zip(axes, SHOWN.items(), strict=True):
         part = rows[rows.corpus == corpus]
         fp16 = part[part.quantizer == "fp16"].perplexity.iloc[0]
@@ -184,14 +191,14 @@ def plot_perplexity(rows: pd.DataFrame, file: Path) -> None:
             own = own.assign(excess=np.log(own.perplexity / fp16)).query("bits < 8")
             by_bits = own.groupby("bits").agg({"true_bits": "mean", "excess": ["mean", "min", "max"]})
             x, y = by_bits["true_bits"]["mean"], by_bits["excess"]
-            style = (
-                {"color": "black", "ls": ":", "marker": DRAWN_PEERS[name]} if name in DRAWN_PEERS else {"marker": "o"}
-            )
+            if name in DRAWN_PEERS:
+                style = {"color": "black", "ls": ":", "marker": DRAWN_PEERS[name]}
+            else:
+                style = {"color": colors[untuned(name)], "ls": "--" if name != untuned(name) else "-", "marker": "o"}
             axis.errorbar(x, y["mean"], [y["mean"] - y["min"], y["max"] - y["mean"]], ms=4, label=name, **style)
         axis.set(title=f"{title} (16 bits: {fp16:.2f})", xlabel="true bits a weight", yscale="log")
     axes[0].set_ylabel("nats a token above 16 bits")
-    axes[1].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.savefig(file, dpi=150)
 
 
