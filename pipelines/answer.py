@@ -13,7 +13,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pipelines.interrupts import came, heard
+from pipelines.interrupts import INTERRUPTED, came, heard
 from pipelines.mistakes import explain, field_of_null
 from pmpd.artifacts import StoreError, disk_is_full
 from pmpd.kernels import CudaUnavailableError
@@ -44,7 +44,7 @@ def answer(error: BaseException) -> int:
     """
     if isinstance(error, KeyboardInterrupt) or came():
         log.error("interrupted; the same command goes on from here")
-        return 130
+        return INTERRUPTED
     if isinstance(error, OSError) and disk_is_full(error):
         log.error("error: the disk is full (%s); free some space and run the same command again", error)
         return 1

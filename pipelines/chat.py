@@ -19,6 +19,10 @@ import time
 import warnings
 from collections.abc import Iterator
 
+from pipelines.interrupts import INTERRUPTED, heard, leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from transformers.utils import logging as transformers_logging
@@ -132,8 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, StoreError, CudaUnavailableError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
-    main()
+    with heard():
+        main()

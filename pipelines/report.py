@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from pipelines.interrupts import heard, leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()
+
 from pipelines.answer import ANSWERED, answer
 from pipelines.cells import cell_records
 from pipelines.gpu import gpu_cell, write_gpu_report
@@ -256,7 +261,8 @@ def main() -> int:
         print(__doc__)
         return 0 if {"-h", "--help"} & set(sys.argv) else 2
     try:
-        missing = report(overrides)
+        with heard():
+            missing = report(overrides)
     except ANSWERED as error:
         return answer(error)
     return 1 if missing else 0

@@ -16,6 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipelines.interrupts import leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()
 # libgomp's threads spin between operations, so two processes on the same cores slow each other down (SmolLM2, batch
 # 16, two cores, tokens/s: 123 to 146 alone, 31 each beside a second run; with this 122 and 66). Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -16,6 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipelines.interrupts import leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in run.py
 
 import hydra

@@ -194,10 +194,16 @@ def compiled(source: str, options: Sequence[str], architecture: str) -> bytes:
     path = cache_dir() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.cubin"
     if path.exists():
         return path.read_bytes()
-    log.info("compiling CUDA kernels for %s %s", architecture, " ".join(options))
+    _say_once(architecture)
+    log.debug("compiling for %s %s", architecture, " ".join(options))
     code = cubin(source, options, architecture)
     _publish(code, path)
     return code
+
+
+@functools.cache
+def _say_once(architecture: str) -> None:
+    log.info("compiling CUDA kernels for %s, half a second each, kept in %s", architecture, cache_dir())
 
 
 @functools.cache

@@ -41,7 +41,9 @@ def draw_all(drawings: Sequence[Drawing], processes: int | None = None) -> None:
     if processes is None:
         processes = 1 + min(_cores() - 1, len(drawings) // WORTH_A_PROCESS)
     shares = [drawings[k::processes] for k in range(processes)]
-    helpers = [subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE) for _ in shares[1:]]
+    command = [sys.executable, "-m", __name__]
+    # In sessions of their own: Ctrl-C comes to this process alone, which ends them.
+    helpers = [subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) for _ in shares[1:]]
     try:
         for helper, share in zip(helpers, shares[1:], strict=True):
             assert helper.stdin is not None

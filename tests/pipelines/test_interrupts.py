@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from pipelines.answer import answered
 from pipelines.interrupts import heard
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +110,24 @@ def test_handlers_are_put_back_and_an_ignored_interrupt_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with heard():
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("program", ["run", "report", "tune", "chat"])
+def test_an_interrupt_while_modules_load_is_a_word(tmp_path: Path, program: str) -> None:
+    # A module that the program imports, found first, that stops where the interrupt is to come.
+    (tmp_path / "transformers.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    loading = subprocess.Popen(
+        [sys.executable, f"pipelines/{program}.py"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job that a shell started in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert loading.stdout is not None
+    assert loading.stdout.readline() == "loading\n"
+    loading.send_signal(signal.SIGINT)
+    assert loading.communicate(timeout=30) == ("", "interrupted\n")
+    assert loading.returncode == 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from tests.report.test_report import record
 
 def figures(folder: Path) -> list[Drawing]:
     return [Drawing(draw_switch_steps, (record(value=20.0 + k),), folder / f"{k}.png") for k in range(3)]
+
+
+def write_session(path: Path) -> None:
+    path.write_text(str(os.getsid(0)))
 
 
 def test_two_processes_draw_what_one_does(tmp_path):
@@ -29,3 +34,9 @@ def test_what_another_process_cannot_draw_is_an_error(tmp_path):
     bad = Drawing(draw_switch_steps, (record(),), tmp_path / "1" / "bad.png")
     with pytest.raises(subprocess.CalledProcessError):
         draw_all([figures(tmp_path)[0], bad], processes=2)
+
+
+def test_what_a_terminal_sends_comes_to_the_first_process_alone(tmp_path):
+    draw_all([Drawing(write_session, (), tmp_path / name) for name in ("here", "there")], processes=2)
+    assert (tmp_path / "here").read_text() == str(os.getsid(0))
+    assert (tmp_path / "there").read_text() != str(os.getsid(0))
