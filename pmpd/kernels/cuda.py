@@ -59,7 +59,7 @@ def matmul(
     """``g(f(x) @ W.T + bias) + residual`` with W the weight at ``bits`` bits, on the current stream.
 
     Args:
-        x: ``[..., in]``, of the weight's dtype.
+        x: ``[..., in]``, of the weight's dtype and on its device.
         norm_weight: ``[in]``: f is RMSNorm, ``x * rsqrt(mean(x**2) + norm_eps) * norm_weight``.
         gate: g is :func:`pmpd.kernels.gated.gated`, whose result is half as wide; ``out`` below is then half the
             weight's.
@@ -150,6 +150,8 @@ def dequantize(weight: DeviceWeight, bits: int) -> Tensor:
 
 def _multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor) -> None:
     _check(x, weight, fused, out)
+    if not x.numel():
+        return
     rows = x.numel() // x.shape[-1]
     flat, target = _aligned(x.reshape(rows, -1)), out.view(rows, -1)
     residual = None if fused.residual is None else fused.residual.reshape(rows, -1)
@@ -175,6 +177,10 @@ def _check_features(x: Tensor, in_features: int, out_features: int) -> None:
 def _check(x: Tensor, weight: Operand, fused: Fused, out: Tensor) -> None:
     in_features, out_features = weight.in_features, weight.out_features
     _check_features(x, in_features, out_features)
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"x is {x.dtype}; the CUDA kernels take float16 and bfloat16")
+    if x.device != weight.packed.device:
+        raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}: move one of them")
     tiles = weight.table.shape[0]
     num_planes, rest = divmod(weight.packed.numel() * WORD_BITS, in_features * tiles * TILE)
     if rest or num_planes < weight.bits or weight.scales.shape[0] != tiles * TILE:

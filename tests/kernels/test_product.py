@@ -70,6 +70,22 @@ def test_inputs_of_another_width_are_refused(features: int) -> None:
         cuda._multiply(x, Operand.of(case.weight, 3), Fused(), x.new_empty(2, 32))
 
 
+def test_no_rows_have_no_product() -> None:
+    case = Case(48, 96, device="cpu")
+    for shape in ((0,), (3, 0)):
+        out = torch.empty(*shape, 48, dtype=case.dtype)
+        assert cuda.matmul(case.x(*shape, 96), case.weight, 3, residual=out, out=out) is out
+
+
+def test_an_input_of_another_device_or_dtype_is_refused() -> None:
+    case = Case(32, 96, device="cpu")
+    x = case.x(2, 96)
+    with pytest.raises(ValueError, match="x is on meta, the weight on cpu"):
+        cuda.matmul(x.to("meta"), case.weight, 3, out=x.new_empty(2, 32))
+    with pytest.raises(ValueError, match=r"x is torch\.float32; .* float16 and bfloat16"):
+        cuda._multiply(x.float(), Operand.of(case.weight, 3), Fused(), torch.empty(2, 32))
+
+
 def test_tensors_that_are_not_of_one_weight_are_refused() -> None:
     case, x = Case(32, 96, device="cpu"), torch.zeros(2, 192, dtype=torch.float16)
     packed, table, scales, bits, out_features, in_features, group = vars(Operand.of(case.weight, 3)).values()
@@ -99,3 +115,20 @@ def test_the_fake_gives_the_products_shape() -> None:
     assert result.shape == (2, 3, 50)
     assert halved.shape == (2, 3, 25)
     assert result.dtype == torch.float16
+
+
+def test_it_exports() -> None:
+    """Only shapes are looked at: the weights are on a CPU, where the product is not."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, weight: cuda.DeviceWeight) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * cuda.matmul(x, self.weight, 3)
+
+    case = Case(50, 96, device="cpu")
+    exported = torch.export.export(Layer(case.weight), (case.x(2, 96),))
+    products = [node for node in exported.graph.nodes if node.target is torch.ops.pmpd.nested_matmul.default]
+    assert [node.meta["val"].shape for node in products] == [(2, 50)]
