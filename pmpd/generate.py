@@ -104,9 +104,9 @@ class Model:
             raw: ``prompt`` is text to be continued, with no template around it.
 
         Raises:
-            ValueError: a scheduler that there is not, precisions that the model does not have, a conversation that
-                does not end with the user, or a prompt that is too long for the model's context (a
-                :class:`pmpd.decode.ContextError`, when the first piece is asked for).
+            ValueError: a scheduler that there is not, precisions that the model does not have, numbers of tokens or
+                steps out of range, a conversation that does not end with the user, or a prompt that is too long for
+                the model's context (a :class:`pmpd.decode.ContextError`, when the first piece is asked for).
         """
         chosen = self.scheduler(scheduler, max_new_tokens, switch_step)
         ids = self._prompt_ids(prompt, raw)
@@ -127,8 +127,12 @@ class Model:
         Raises:
             ValueError: as there.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
         if switch_step is not None and scheduler != "static":
             raise ValueError(f"switch_step={switch_step} goes with scheduler='static', not {scheduler!r}")
+        if switch_step is not None and not 0 <= switch_step <= max_new_tokens:
+            raise ValueError(f"switch_step={switch_step} is not possible: 0 to max_new_tokens ({max_new_tokens})")
         if isinstance(scheduler, Schedule):
             found: Scheduler = Fixed(scheduler)
         elif isinstance(scheduler, (str, Path)):

@@ -84,7 +84,10 @@ def load(
         StoreError: the store cannot be used; the message says what to do.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = torch.device(device).type == "cuda"
+    kind = device.partition(":")[0]
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(f"device={device} is not possible: cuda (or cuda:1, ...) or cpu")
+    on_gpu = kind == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(
             f"device={device}: PyTorch sees no CUDA device; use device=cpu (--device cpu of a chat), or install "

@@ -69,6 +69,22 @@ def test_a_switch_step_is_the_last_high_step(model: Model) -> None:
         model.generate("The lazy dog", scheduler="high", switch_step=2)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0: at least 1"),
+        ({"max_new_tokens": -5}, "max_new_tokens=-5: at least 1"),
+        ({"max_new_tokens": 6, "switch_step": 7}, r"switch_step=7 is not possible: 0 to max_new_tokens \(6\)"),
+        ({"max_new_tokens": 6, "switch_step": -1}, "switch_step=-1 is not possible"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_when_it_is_called(
+    model: Model, numbers: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate("The fox", **numbers)
+
+
 def test_a_conversation_and_raw_text_become_their_own_prompts(model: Model) -> None:
     turns = ["The fox?", "Quick.", "The dog?"]
     pieces = list(model.generate(turns, scheduler="high", max_new_tokens=5))

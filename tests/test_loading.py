@@ -90,6 +90,13 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_done(
     assert not (tmp_path / "store").exists()
 
 
+def test_a_device_that_is_none_is_named(tmp_path: Path, tiny_llama: Path) -> None:
+    for device in ("gpu", "mps"):
+        with pytest.raises(ValueError, match=rf"device={device} is not possible: cuda .* or cpu"):
+            pmpd.load(tiny_llama, store=tmp_path / "store", device=device)
+    assert not (tmp_path / "store").exists()
+
+
 def test_originals_can_be_dropped(tmp_path: Path, tiny_llama: Path) -> None:
     whole = pmpd.load(tiny_llama, store=tmp_path, device="cpu", parent_bits=4)
     lean = pmpd.load(tiny_llama, store=tmp_path, device="cpu", parent_bits=4, keep_fp16=False)
