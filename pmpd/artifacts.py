@@ -65,7 +65,7 @@ class Store:
     """Artifacts in a directory, safe against kills, damage and several processes.
 
     Raises:
-        StoreError: the directory holds a store of another format, or something else.
+        StoreError: the directory cannot be made, or holds a store of another format or something else.
     """
 
     def __init__(self, root: Path, patience: Patience | None = None) -> None:
@@ -77,12 +77,15 @@ class Store:
         self.patience = patience
         self._verified: set[str] = set()
         marker = root / "store.json"
-        strangers = root.exists() and any(p.suffix not in (".lock", ".tmp") for p in root.iterdir())
-        if strangers and not marker.exists():
-            raise StoreError(f"{root} is not empty and is no store (it has no store.json); give another store=DIR")
-        root.mkdir(parents=True, exist_ok=True)
-        if not marker.exists():
-            write_json(marker, {"format": FORMAT})  # two first runs may start together: whole, and the same from both
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            strangers = any(p.suffix not in (".lock", ".tmp") for p in root.iterdir())
+            if strangers and not marker.exists():
+                raise StoreError(f"{root} is not empty and is no store (it has no store.json); give another store=DIR")
+            if not marker.exists():
+                write_json(marker, {"format": FORMAT})  # two first runs may start together: whole, the same from both
+        except OSError as error:
+            raise StoreError(f"{root} cannot be a store ({error}); give another store=DIR") from error
         try:
             found = dict(read_json(marker)).get("format")
         except ValueError as error:

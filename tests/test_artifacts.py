@@ -88,6 +88,9 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(StoreError, match="no store"):
         Store(tmp_path)
+    for no_folder in (tmp_path / "mine.txt", tmp_path / "mine.txt" / "below"):
+        with pytest.raises(StoreError, match=r"mine\.txt.* cannot be a store .* give another store=DIR"):
+            Store(no_folder)
 
 
 def test_roots_are_located_only_when_needed(tmp_path):
