@@ -86,7 +86,7 @@ def quantize_jointly(
         group_size: columns that share a table; ``None`` for whole rows.
 
     Raises:
-        ValueError: shapes that differ, bits out of range, values that are not finite.
+        ValueError: shapes that differ, bits or options out of range, values that are not finite.
     """
     if not 1 <= seed_bits <= parent_bits <= MAX_BITS:
         raise ValueError(f"need 1 <= seed_bits <= parent_bits <= {MAX_BITS}, got {seed_bits} and {parent_bits}")
@@ -98,6 +98,10 @@ def quantize_jointly(
         raise ValueError(f"group_size must be >= 1 or None, got {group_size}")
     if not 0 < options.high_share <= 1:
         raise ValueError(f"high_share must be above 0 and at most 1, got {options.high_share}")
+    if not options.damping > 0:
+        raise ValueError(f"damping must be above 0, as a moment may be rank-deficient, got {options.damping}")
+    if not 0 <= options.outlier_share <= 1:
+        raise ValueError(f"outlier_share must be 0 to 1, got {options.outlier_share}")
     weight, moment = weight.float(), damped(moment.float(), options.damping)
     outliers = None
     if options.outlier_share:

@@ -58,7 +58,7 @@ def tune_tables(
     device = next(model.parameters()).device
     with frozen(model), fast_products(), _tunable(cell, bits) as deltas:
         optimiser = torch.optim.Adam(deltas, lr=rate, betas=BETAS)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
         for step in tqdm(range(steps), desc=f"tune {bits} bits", unit="step", disable=None if progress else True):
             rows = [k % len(windows) for k in range(step * batch_size, (step + 1) * batch_size)]
             batch = windows[rows].to(device)

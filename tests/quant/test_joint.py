@@ -224,8 +224,9 @@ def test_bad_input_is_refused() -> None:
         quantize_jointly(weight, moment, seed_bits=5, parent_bits=4)
     with pytest.raises(ValueError, match="group_size"):
         quantize_jointly(weight, moment, group_size=0)
-    with pytest.raises(ValueError, match="high_share"):
-        quantize_jointly(weight, moment, options=JointOptions(high_share=0.0))
+    for field, value in (("high_share", 0.0), ("damping", 0.0), ("damping", -1.0), ("outlier_share", 1.5)):
+        with pytest.raises(ValueError, match=f"{field} must be .*, got {value}"):
+            quantize_jointly(weight, moment, options=JointOptions(**{field: value}))
 
 
 @pytest.mark.gpu

@@ -80,6 +80,13 @@ def test_tuning_brings_the_model_nearer_to_itself_and_leaves_other_precisions(
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_no_steps_leave_the_tables(tmp_path: Path) -> None:
+    model, cell = nested_model(tmp_path)
+    before = [layer.weight_at(2).clone() for layer in cell.layers]
+    assert tune_tables(model, cell, WINDOWS, 2, steps=0, rate=0.02) == []
+    assert all(torch.equal(layer.weight_at(2), old) for layer, old in zip(cell.layers, before, strict=True))
+
+
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     model, cell = nested_model(tmp_path)
     with pytest.raises(ValueError, match="windows"):
