@@ -34,7 +34,7 @@ from pmpd.kernels import CudaUnavailableError
 from pmpd.records import FP16_BITS, average_bits
 from pmpd.schedulers import Scheduler
 
-COLOURS = {16: "39", 8: "34", 7: "34", 6: "36", 5: "36", 4: "32", 3: "33", 2: "31", 1: "31"}
+COLOURS = {16: "39", 8: "34", 7: "94", 6: "36", 5: "96", 4: "32", 3: "33", 2: "31", 1: "35"}
 """ANSI colour of each precision: from cold to warm as it falls; 16 bits in the terminal's own."""
 
 
@@ -49,7 +49,7 @@ def messages(prompt: str) -> Iterator[str]:
         if sys.stdin.isatty():
             sys.stdout.write(prompt)
             sys.stdout.flush()
-        line = sys.stdin.readline().strip()
+        line = sys.stdin.readline().encode(errors="replace").decode().strip()  # bytes of another encoding: "?"
         if not line:
             return
         yield line

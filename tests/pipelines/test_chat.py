@@ -60,6 +60,17 @@ def test_tokens_have_the_colour_of_their_precision(
     assert [(c, t) for c, t in COLOURED.findall(rest)] == [(named[f"{p.bits} bits"], p.text) for p in pieces]
 
 
+def test_no_two_precisions_have_one_colour() -> None:
+    assert len(set(chat.COLOURS.values())) == len(chat.COLOURS)
+
+
+def test_bytes_that_are_no_text_are_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python reads them where the locale is C."""
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", lines)
+    assert list(chat.messages("")) == ["caf?"]
+
+
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: no folder"):
         chat.main(["--model", "./nowhere", "--store", str(tmp_path)])
