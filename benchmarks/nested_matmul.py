@@ -307,16 +307,14 @@ def report(path: Path) -> None:
 def draw(path: Path) -> None:
     import matplotlib.pyplot as plt
 
+    ceiling, times = read(path)
     with path.open() as file:
-        rows = list(csv.DictReader(file))
-    ceiling = next(float(row["median"]) for row in rows if row["op"] == "copy") * 1e9
+        gpu = next(csv.DictReader(file))["gpu"]
     figure, axes = plt.subplots(figsize=(7, 5))
     largest = 0.0
     for provider in PROVIDERS:
         points = sorted(
-            (int(row["out_features"]) * int(row["in_features"]) * int(row["bits"]) / 8e6, float(row["median"]))
-            for row in rows
-            if row["provider"] == provider and row["m"] == "1"
+            (case.weight_bytes / 1e6, us) for (name, case), us in times.items() if (name, case.m) == (provider, 1)
         )
         if points:
             axes.scatter(*zip(*points, strict=True), s=14, label=provider)
@@ -324,25 +322,31 @@ def draw(path: Path) -> None:
     line = [1.0, largest]
     axes.plot(line, [1e12 * megabytes / ceiling for megabytes in line], "k--", label=f"{ceiling / 1e12:.2f} TB/s")
     axes.set(xscale="log", yscale="log", xlabel="bytes of weights, MB", ylabel="time, microseconds")
-    axes.set_title(f"One row of x, {rows[-1]['gpu']}")
+    axes.set_title(f"One row of x, {gpu}")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
+def shape(text: str) -> tuple[int, int]:
+    out_features, in_features = text.split("x")
+    return int(out_features), int(in_features)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--shapes", nargs="+", default=[f"{out}x{into}" for out, into in SHAPES])
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, help="as 4096x11008; default: all")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="what to record, where there is no repository")
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
-    shapes = [(int(out), int(into)) for out, into in (shape.split("x") for shape in args.shapes)]
     if not args.figure:
+        if not torch.cuda.is_available():
+            parser.error("times are of a GPU, and PyTorch sees none; --figure needs none")
         git = ["git", "rev-parse", "--short", "HEAD"]
         commit = args.commit or subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-        measure(args.providers, shapes, commit, args.results)
+        measure(args.providers, args.shapes, commit, args.results)
     report(args.results)
     draw(args.results)
 

@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     cuda = args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device")
     generator = torch.Generator(args.device).manual_seed(0)
     width, inner = args.width, args.inner
     shapes = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)]

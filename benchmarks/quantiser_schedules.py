@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from quantiser_bench import NEW_TOKENS, Bench, parser
 
+from pmpd.files import atomic
 from pmpd.metrics import bootstrap_statistic
 from pmpd.models import attach
 from pmpd.records import Schedule, average_bits
@@ -47,7 +48,11 @@ def main() -> None:
     arguments.add_argument("--pairs", nargs="+", default=["4/3", "4/2", "3/2"])
     arguments.add_argument("--steps", nargs="+", type=int, default=[0, 8, 16, 32, 48])
     args = arguments.parse_args()
-    with tempfile.TemporaryDirectory() as scratch, args.out.open("w", newline="", encoding="utf-8") as stream:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        atomic(args.out) as whole,
+        whole.open("w", newline="", encoding="utf-8") as stream,
+    ):
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(HEADER)
         bench = Bench(args, Path(scratch))
@@ -72,7 +77,6 @@ def main() -> None:
                        f"{score.high:.3f}", score.n, len(own), args.commit)  # fmt: skip
                 writer.writerow(row)
                 sys.stdout.write(" ".join(map(str, row)) + "\n")
-            stream.flush()
 
 
 if __name__ == "__main__":

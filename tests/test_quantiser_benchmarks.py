@@ -143,3 +143,15 @@ def test_a_blocks_scales_are_trained_to_its_outputs(script: Callable[[str], Modu
     assert block.scale.item() == pytest.approx(2, abs=1e-2)
     assert torch.equal(block.frozen, torch.eye(4))
     assert error < 1e-2
+
+
+def test_schedules_that_cannot_be_measured_leave_the_results(
+    script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path
+) -> None:
+    results = tmp_path / "schedules.csv"
+    results.write_text("what there was\n", encoding="utf-8")
+    arguments = ["--data-root", str(tmp_path / "nowhere"), "--nested", "a=b", "--out", str(results)]
+    monkeypatch.setattr(sys, "argv", ["quantiser_schedules.py", *arguments, "--model", str(tiny_llama)])
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        script("quantiser_schedules").main()
+    assert [file.read_text(encoding="utf-8") for file in tmp_path.iterdir()] == ["what there was\n"]
