@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pmpd.files import atomic
 from pmpd.kernels.errors import CudaUnavailableError
 from pmpd.paths import user_cache
 
@@ -189,7 +189,7 @@ def cache_dir() -> Path:
 
 
 def compiled(source: str, options: Sequence[str], architecture: str) -> bytes:
-    """As :func:`cubin`, kept on disk."""
+    """As :func:`cubin`, kept on disk, whole: two processes may compile the same source at once."""
     parts = (str(CACHE_ENTRY_VERSION), source, *options, architecture, str(nvrtc_version()))
     path = cache_dir() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.cubin"
     if path.exists():
@@ -197,7 +197,11 @@ def compiled(source: str, options: Sequence[str], architecture: str) -> bytes:
     _say_once(architecture)
     log.debug("compiling for %s %s", architecture, " ".join(options))
     code = cubin(source, options, architecture)
-    _publish(code, path)
+    try:
+        with atomic(path) as temporary:
+            temporary.write_bytes(code)
+    except OSError as error:
+        _warn_once(error.strerror)
     return code
 
 
@@ -207,19 +211,21 @@ def _say_once(architecture: str) -> None:
 
 
 @functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning(
+        "compiled CUDA kernels cannot be kept in %s (%s), so every process compiles its own; set XDG_CACHE_HOME to a "
+        "folder that can be written",
+        cache_dir(),
+        reason,
+    )
+
+
+@functools.cache
 def _load(source: str, options: tuple[str, ...], architecture: str) -> Module:
     code, library = compiled(source, options, architecture), ctypes.c_void_p()
     load = _driver().cuLibraryLoadData
     _check(load(ctypes.byref(library), code, None, None, 0, None, None, 0), "loading machine code")
     return Module(library)
-
-
-def _publish(code: bytes, path: Path) -> None:
-    """Write by rename, so that two processes may compile the same source at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(code)
-    Path(file.name).replace(path)
 
 
 def _c_value(argument: Tensor | int | float | None) -> ctypes._SimpleCData:

@@ -40,12 +40,33 @@ def test_an_old_driver_is_named_with_the_fix(monkeypatch: pytest.MonkeyPatch) ->
         nvrtc._driver.__wrapped__()
 
 
-def test_machine_code_is_published_whole(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "key.cubin"
-    nvrtc._publish(b"first", path)
-    nvrtc._publish(b"second", path)
-    assert path.read_bytes() == b"second"
-    assert list(path.parent.iterdir()) == [path]
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Instead of NVRTC; the sources that it was given."""
+    given: list[str] = []
+    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "cubin", lambda source, *_: given.append(source) or source.encode())
+    return given
+
+
+def test_machine_code_is_kept_whole_and_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: list[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "deep"))
+    assert [nvrtc.compiled(source, (), "sm_90") for source in ("a", "b", "a")] == [b"a", b"b", b"a"]
+    assert compiler == ["a", "b"]
+    assert sorted(file.read_bytes() for file in nvrtc.cache_dir().iterdir()) == [b"a", b"b"]
+
+
+def test_machine_code_that_cannot_be_kept_is_used_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    nvrtc._warn_once.cache_clear()
+    assert [nvrtc.compiled("a", (), "sm_90") for _ in range(2)] == [b"a", b"a"]
+    assert compiler == ["a", "a"]
+    assert caplog.text.count("set XDG_CACHE_HOME to a folder that can be written") == 1
 
 
 @pytest.mark.parametrize(
