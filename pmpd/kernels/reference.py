@@ -29,6 +29,8 @@ def check_format(planes: Tensor, centroids: Tensor, bits: int, in_features: int,
         raise ValueError(f"bits must be in 1..{planes.shape[0]} (the planes there are), got bits={bits}")
     if planes.shape[2] != -(-in_features // WORD_BITS):
         raise ValueError(f"in_features={in_features} does not fit planes of {planes.shape[2]} words of {WORD_BITS}")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size must be >= 1 or None, got {group_size}")
     columns = in_features if group_size is None else group_size
     expected = [planes.shape[1], -(-in_features // columns), 1 << bits]
     if list(centroids.shape) != expected:

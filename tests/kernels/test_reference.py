@@ -50,7 +50,13 @@ def test_higher_planes_are_not_read() -> None:
 
 @pytest.mark.parametrize(
     ("bits", "in_features", "group_size", "match"),
-    [(5, 64, None, "bits=5"), (0, 64, None, "bits=0"), (3, 65, None, "in_features=65"), (3, 64, 32, "centroids")],
+    [
+        (5, 64, None, "bits=5"),
+        (0, 64, None, "bits=0"),
+        (3, 65, None, "in_features=65"),
+        (3, 64, 32, "centroids"),
+        (3, 64, 0, "group_size must be"),
+    ],
 )
 def test_shapes_that_do_not_agree_are_refused(bits: int, in_features: int, group_size: int | None, match: str) -> None:
     planes = random_planes(0, 4, 2, 64)
