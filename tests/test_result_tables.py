@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -36,3 +39,67 @@ def test_marked_tables_are_replaced_and_all_else_stays(quantisers: ModuleType) -
         "before\n<!-- table a -->\n| one |\n<!-- end -->\nbetween\n<!-- table b -->\n| two |\n<!-- end -->\nafter\n"
     )
     assert quantisers.filled(once, {"a": "| one |", "b": "| two |"}) == once
+
+
+MODELS = {"Vicuna-7B": "vicuna7b", "MobileLLaMA-1.4B": "mobilellama"}
+DECODED = {
+    "README.md": ("hf-fp16-compiled 16", "cublas-fp16 16", "pmpd 4", "pmpd 3", "pmpd 2"),
+    "docs/decoding.md": ("pmpd 4", "pmpd 3", "pmpd 2", "cublas-fp16 16", "hf-fp16-graph 16", "hf-fp16-compiled 16"),
+}
+"""Columns of each page's table of tokens a second: provider and bits."""
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks" / "results" / name).open(encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def microseconds() -> Callable[..., float]:
+    """Of a product, by provider, bits, rows of x, outputs and inputs."""
+    found = {
+        (row["provider"], row["bits"], row["m"], row["out_features"], row["in_features"]): float(row["median"])
+        for row in rows_of("nested_matmul.csv")
+    }
+    return lambda *product: found[tuple(map(str, product))]
+
+
+def test_the_kernels_page_shows_the_times_of_its_results(microseconds: Callable[..., float]) -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    copied = next(float(row["median"]) for row in rows_of("nested_matmul.csv") if row["op"] == "copy")
+    lines = re.findall(r"^\| (\d+) x (\d+) \| (.* \| .* \| .*) \|$", page, re.MULTILINE)
+    assert len(lines) == 12
+    for out_features, in_features, cells in lines:
+        for bits, cell in zip((2, 3, 4), cells.split(" | "), strict=True):
+            own, peer = (microseconds(name, bits, 1, out_features, in_features) for name in ("pmpd", "any-precision"))
+            share = int(out_features) * int(in_features) * bits / 8e3 / own / copied
+            assert cell == f"{own:.2f} ({peer / own:.2f}x, {share:.0%})"
+
+
+def test_the_kernels_page_shows_what_several_rows_cost(microseconds: Callable[..., float]) -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    products = {(row["out_features"], row["in_features"]) for row in rows_of("nested_matmul.csv") if row["bits"]}
+    for bits in (2, 3, 4):
+        for peer, words in (("", "times M = 1"), ("any-precision", "over any-precision")):
+            [line] = re.findall(rf"^\| {bits} bits,? {words}: geometric mean; \w+ \| (.*) \|$", page, re.MULTILINE)
+            for m, cell in zip((2, 4, 8), line.split(" | "), strict=True):
+                if peer:
+                    ratios = [microseconds(peer, bits, m, *p) / microseconds("pmpd", bits, m, *p) for p in products]
+                    extreme = min(ratios)
+                else:
+                    ratios = [microseconds("pmpd", bits, m, *p) / microseconds("pmpd", bits, 1, *p) for p in products]
+                    extreme = max(ratios)
+                assert cell == f"{statistics.geometric_mean(ratios):.2f}x; {extreme:.2f}x"
+
+
+@pytest.mark.parametrize("page", DECODED)
+def test_tokens_a_second_are_those_of_the_results(page: str) -> None:
+    steps = {
+        (row["model"], f"{row['provider']} {row['bits']}"): float(row["median"])
+        for row in rows_of("decode.csv")
+        if row["op"] == "step"
+    }
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = dict(re.findall(r"^\| ([\w.-]+) \| ([\d |]+) \|$", text, re.MULTILINE))
+    for name, model in MODELS.items():
+        assert lines[name].split(" | ") == [f"{1e6 / steps[model, column]:.0f}" for column in DECODED[page]]
