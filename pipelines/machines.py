@@ -86,7 +86,7 @@ def measures(config: Config, store: Store, of: Measured, *, reading: bool) -> Me
     """The recipes of what a cell's hardware gives it.
 
     Raises:
-        ConfigError: as :func:`timed`.
+        ConfigError: as :func:`timed`, and outliers on a GPU, where products with them would be of dequantised weights.
     """
     hardware, budget, quantizer = config.hardware, config.budget, config.quantizer
     on_gpu = isinstance(hardware, GpuConfig)
@@ -111,7 +111,7 @@ def measures(config: Config, store: Store, of: Measured, *, reading: bool) -> Me
             seed=config.seed,
         )
         return Measures(ESTIMATE.node(estimate, evaluation=of.evaluation, model=of.model, **of.outliers), steps, None)
-    if of.dense_sparse is not None:
+    if of.outliers:
         raise ConfigError(f"hardware={hardware.name} is not possible: no GPU kernel reads outliers; npu_4k estimates")
     forwards = hardware.linear_forwards
 
@@ -121,7 +121,7 @@ def measures(config: Config, store: Store, of: Measured, *, reading: bool) -> Me
 
     gain = GainConfig(of.levels[0], budget.bootstrap_resamples, config.seed)
     return Measures(
-        GAIN.node(gain, evaluation=of.evaluation, latency=steps, **of.outliers),
+        GAIN.node(gain, evaluation=of.evaluation, latency=steps),
         steps,
         timed(store, "cuda", linears, reading=reading),
     )

@@ -94,10 +94,7 @@ def run_gain(config: GainConfig, inputs: Mapping[str, Path], out: Path) -> None:
 
     where = f"on {timing['machine']}, measured steps; {timing['engine']}; {timing['weights']}"
     completions = read_completions(inputs["evaluation"])
-    extra = outlier_bits(inputs)
-    _write(
-        out, decode_gains("gpu", where, completions, steps_s, config.high_bits, config.resamples, config.seed, extra)
-    )
+    _write(out, decode_gains("gpu", where, completions, steps_s, config.high_bits, config.resamples, config.seed))
 
 
 def decode_gains(

@@ -151,8 +151,12 @@ def test_a_gpu_times_every_precision_that_a_cell_takes_and_refuses_outliers(stor
     for bits, wanted in ((6, [16, 6, 4, 2]), (4, [16, 4, 2])):
         planned = Planner(cell(*lines, "scheduler=uniform", f"scheduler.bits={bits}"), store).cell()
         assert planned.latency.config["bits"] == wanted
-    with pytest.raises(ConfigError, match="no GPU kernel reads outliers"):
-        Planner(cell(*lines, "scheduler=dense_sparse", "scheduler.target.switch_step=3"), store).cell()
+    for outliers in (
+        ("scheduler=dense_sparse", "scheduler.target.switch_step=3"),
+        ("scheduler=high", "quantizer=joint", "quantizer.outlier_share=0.005"),
+    ):
+        with pytest.raises(ConfigError, match="no GPU kernel reads outliers"):
+            Planner(cell(*lines, *outliers), store).cell()
 
 
 @pytest.mark.gpu
