@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 from chain import Chain
-from nested_matmul import SHAPES, Case, pmpd_weights, replay_us
+from nested_matmul import inputs, pmpd_weights, replay_us
+from products import SHAPES, Case
 
 from pmpd.kernels import launch, nvrtc, product
 from pmpd.kernels.launch import Launch
@@ -219,7 +220,7 @@ def _step(descents: list[Descent], axis: int, gpu: product.Gpu) -> None:
     )
     compile_all(variants, architecture(gpu))
     for case, group in itertools.groupby(descents, key=lambda d: d.case):
-        operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], case.x()
+        operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], inputs(case)
         out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
 
         def microseconds(plan: Launch, operands: list[Any] = operands, x: Any = x, out: Any = out) -> float:

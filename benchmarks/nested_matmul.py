@@ -18,96 +18,76 @@ own _weight_int4pack_mm, the same).
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
-import itertools
 import math
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from products import RESULTS, ROWS, SHAPES, Case, Table, cases, draw, report, shape
 
-RESULTS = Path(__file__).parent / "results" / "nested_matmul.csv"
-COLUMNS = [
-    *("op", "provider", "bits", "m", "out_features", "in_features", "unit", "median", "p20", "p80"),
-    *("gpu", "versions", "commit"),
-]
-SHAPES = [
-    *((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096), (2048, 2048), (5632, 2048)),
-    *((8192, 2048), (6912, 2560), (2048, 5632), (2048, 8192), (2560, 6912)),
-]
 ROTATED_BYTES = 200e6
 """Weights that a graph goes through: four times an H100's L2 cache."""
 REPLAYS = 20
-ROWS = (1, 2, 4, 8)
 GROUP = 128
 
 Call = Callable[[int], Any]
 
 
-@dataclass(frozen=True)
-class Case:
-    bits: int
-    m: int
-    out_features: int
-    in_features: int
+def buffers(case: Case) -> int:
+    """Weights that a graph goes through."""
+    return max(3, math.ceil(ROTATED_BYTES / case.weight_bytes))
 
-    @property
-    def weight_bytes(self) -> float:
-        return self.out_features * self.in_features * self.bits / 8
 
-    @property
-    def buffers(self) -> int:
-        return max(3, math.ceil(ROTATED_BYTES / self.weight_bytes))
+def inputs(case: Case, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(case.m, case.in_features, device="cuda", dtype=dtype)
 
-    def x(self, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-        return torch.randn(self.m, self.in_features, device="cuda", dtype=dtype)
 
-    def words(self, *shape: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31 - 1, (self.buffers, *shape), dtype=torch.int32, device="cuda")
+def words(case: Case, *shape: int) -> torch.Tensor:
+    """Random, of every buffer."""
+    return torch.randint(-(2**31), 2**31 - 1, (buffers(case), *shape), dtype=torch.int32, device="cuda")
 
 
 def pmpd_weights(case: Case) -> list[Any]:
     from pmpd.kernels.device import DeviceWeight
 
     tiles, shape = -(-case.out_features // 16), (case.out_features, case.in_features)
-    packed = case.words(tiles * case.in_features * case.bits // 2)
+    packed = words(case, tiles * case.in_features * case.bits // 2)
     # Random bytes below 128 are digits of every precision.
-    tables = torch.randint(0, 128, (case.buffers, tiles, 1, 16, 2 << case.bits), dtype=torch.uint8, device="cuda")
-    scales = torch.rand(case.buffers, 16 * tiles, 2, device="cuda")
+    tables = torch.randint(0, 128, (buffers(case), tiles, 1, 16, 2 << case.bits), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(buffers(case), 16 * tiles, 2, device="cuda")
     return [
         DeviceWeight(packed[i], {case.bits: tables[i]}, {case.bits: scales[i]}, *shape, None, torch.float16)
-        for i in range(case.buffers)
+        for i in range(buffers(case))
     ]
 
 
 def pmpd(case: Case) -> Call:
     from pmpd.kernels import cuda
 
-    weights, x = pmpd_weights(case), case.x()
+    weights, x = pmpd_weights(case), inputs(case)
     out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
     return lambda i: cuda.matmul(x, weights[i], case.bits, out=out)
 
 
 def any_precision(case: Case) -> Call:
     extension = importlib.import_module("any_precision_ext")
-    planes = case.words(case.bits, case.out_features, case.in_features // 32)
-    tables = torch.randn(case.buffers, case.out_features, 1 << case.bits, device="cuda", dtype=torch.float16)
-    x = case.x()
+    planes = words(case, case.bits, case.out_features, case.in_features // 32)
+    tables = torch.randn(buffers(case), case.out_features, 1 << case.bits, device="cuda", dtype=torch.float16)
+    x = inputs(case)
     return lambda i: extension.matmul_kbit(x, planes[i], tables[i], case.bits)
 
 
 def anybcq(case: Case) -> Call:
     extension = importlib.import_module("custom_kernel")
-    planes = case.words(case.in_features // 32, case.bits, case.out_features)
+    planes = words(case, case.in_features // 32, case.bits, case.out_features)
     groups = case.in_features // GROUP
-    alpha = torch.randn(case.buffers, groups, case.bits, case.out_features, device="cuda", dtype=torch.float16)
-    bias = torch.randn(case.buffers, groups, case.out_features, device="cuda", dtype=torch.float16)
-    x, out = case.x()[None], torch.empty(1, 1, case.out_features, device="cuda", dtype=torch.float16)
+    alpha = torch.randn(buffers(case), groups, case.bits, case.out_features, device="cuda", dtype=torch.float16)
+    bias = torch.randn(buffers(case), groups, case.out_features, device="cuda", dtype=torch.float16)
+    x, out = inputs(case)[None], torch.empty(1, 1, case.out_features, device="cuda", dtype=torch.float16)
 
     def call(i: int) -> None:
         out.zero_()
@@ -118,10 +98,10 @@ def anybcq(case: Case) -> Call:
 
 def torch_int4(case: Case) -> Call:
     codes = torch.randint(0, 256, (case.out_features, case.in_features // 2), dtype=torch.uint8, device="cuda")
-    packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(case.buffers)]
-    shape = (case.buffers, case.in_features // GROUP, case.out_features, 2)
+    packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(buffers(case))]
+    shape = (buffers(case), case.in_features // GROUP, case.out_features, 2)
     scales = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-    x = case.x(torch.bfloat16)
+    x = inputs(case, torch.bfloat16)
     return lambda i: torch.ops.aten._weight_int4pack_mm(x, packed[i], GROUP, scales[i])
 
 
@@ -129,32 +109,32 @@ def torchao(case: Case) -> Call:
     quantization = importlib.import_module("torchao.quantization")
     config = quantization.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
     layers = []
-    for _ in range(case.buffers):
+    for _ in range(buffers(case)):
         shape = (case.in_features, case.out_features)
         layers.append(torch.nn.Linear(*shape, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False))
         quantization.quantize_(layers[-1], config)
-    x = case.x(torch.bfloat16)
+    x = inputs(case, torch.bfloat16)
     return lambda i: layers[i](x)
 
 
 def gemlite(case: Case) -> Call:
     helper = importlib.import_module("gemlite.helper")
     layers = []
-    for _ in range(case.buffers):
+    for _ in range(buffers(case)):
         codes = torch.randint(
             0, 1 << case.bits, (case.out_features, case.in_features), device="cuda", dtype=torch.uint8
         )
         scales, zeros = torch.rand(2, codes.numel() // GROUP, 1, device="cuda", dtype=torch.float16)
         packer = helper.A16Wn(device="cuda:0", dtype=torch.float16)
         layers.append(packer.from_weights(codes, scales, zeros, case.bits, GROUP))
-    x = case.x()
+    x = inputs(case)
     return lambda i: layers[i](x)
 
 
 def humming(case: Case) -> Call:
     layer_class = importlib.import_module("humming.layer").HummingLayer
     layers, weight = [], torch.randn(case.out_features, case.in_features, device="cuda", dtype=torch.float16)
-    for _ in range(case.buffers):
+    for _ in range(buffers(case)):
         layer = layer_class(
             shape_n=case.out_features,
             shape_k=case.in_features,
@@ -164,14 +144,14 @@ def humming(case: Case) -> Call:
         layer.load_from_unquantized(weight)
         layer.transform()
         layers.append(layer)
-    x = case.x()
+    x = inputs(case)
     return lambda i: layers[i](x)
 
 
 def cublas_fp16(case: Case) -> Call:
-    shape = (case.buffers, case.out_features, case.in_features)
+    shape = (buffers(case), case.out_features, case.in_features)
     weights = torch.randn(shape, device="cuda", dtype=torch.float16)
-    x = case.x()
+    x = inputs(case)
     return lambda i: x @ weights[i].T
 
 
@@ -220,117 +200,33 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p20": cuts[1], "p80": cuts[7]}
 
 
-def cases(shapes: Iterable[tuple[int, int]], bits: Iterable[int], rows: Iterable[int]) -> Iterator[Case]:
-    for out_features, in_features in shapes:
-        for b in bits:
-            for m in rows:
-                if m == 1 or b <= 4 or b == 16:
-                    yield Case(b, m, out_features, in_features)
-
-
 def measure(providers: list[str], shapes: list[tuple[int, int]], commit: str, path: Path) -> None:
-    """Rows of ``path``, written as they come."""
+    """Put rows into ``path`` as they come; it keeps those of other providers and products."""
     from pmpd.hardware.gpu import other_processes
 
     if others := other_processes():
         print(f"{others} other processes use this GPU: times are of all of them", flush=True)
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     record = {"gpu": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        rate = {key: value / 1e9 for key, value in summary(copy_bytes_a_second()).items()}
-        writer.writerow(record | {"op": "copy", "provider": "device-to-device", "unit": "GB/s"} | rounded(rate))
-        for name in providers:
-            how, bits, rows = PROVIDERS[name]
-            for case in cases(shapes, bits, rows):
-                try:
-                    call = how(case)
-                except ImportError as error:
-                    print(f"{name}: not installed ({error})", flush=True)
-                    break
-                time = summary(replay_us(call, case.buffers))
-                writer.writerow(
-                    record | {"op": "nested_matmul", "provider": name, "unit": "us"} | vars(case) | rounded(time)
-                )
-                file.flush()
-                print(f"{name} {case} {time['median']:.2f} us", flush=True)
-                del call
+    table = Table(path)
+    rate = {key: value / 1e9 for key, value in summary(copy_bytes_a_second()).items()}
+    table.put(record | {"op": "copy", "provider": "device-to-device", "unit": "GB/s"} | rounded(rate))
+    for name in providers:
+        how, bits, rows = PROVIDERS[name]
+        for case in cases(shapes, bits, rows):
+            try:
+                call = how(case)
+            except ImportError as error:
+                print(f"{name}: not installed ({error})", flush=True)
+                break
+            time = summary(replay_us(call, buffers(case)))
+            table.put(record | {"op": "nested_matmul", "provider": name, "unit": "us"} | vars(case) | rounded(time))
+            print(f"{name} {case} {time['median']:.2f} us", flush=True)
+            del call
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:
     return {key: round(value, 3) for key, value in values.items()}
-
-
-def read(path: Path) -> tuple[float, dict[tuple[str, Case], float]]:
-    """The ceiling, bytes a second, and medians in microseconds by provider and case."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    ceiling = next(float(row["median"]) for row in rows if row["op"] == "copy") * 1e9
-    keys = ("bits", "m", "out_features", "in_features")
-    return ceiling, {
-        (row["provider"], Case(*(int(row[key]) for key in keys))): float(row["median"])
-        for row in rows
-        if row["op"] != "copy"
-    }
-
-
-def over(times: dict[tuple[str, Case], float], provider: str, bits: int, m: int) -> list[float]:
-    """``provider``'s times over ours, by product that both have; 16 bits are compared with ours at every precision."""
-    own_bits = 16 if provider == "cublas-fp16" else bits
-    return [
-        times[provider, replace(case, bits=own_bits)] / us
-        for (name, case), us in times.items()
-        if (name, case.bits, case.m) == ("pmpd", bits, m) and (provider, replace(case, bits=own_bits)) in times
-    ]
-
-
-def report(path: Path) -> None:
-    """By product: one row's time, its share of the ceiling, several rows over one. By peer: its times over ours."""
-    ceiling, times = read(path)
-    ours = {case: us for (provider, case), us in times.items() if provider == "pmpd"}
-    for bits in sorted({case.bits for case in ours}):
-        print(f"\n{bits} bits")
-        for case, us in ours.items():
-            if (case.bits, case.m) == (bits, 1):
-                share = 1e6 * case.weight_bytes / us / ceiling
-                line = f"{case.out_features} x {case.in_features}: {us:.2f} us, {share:.0%} of the ceiling"
-                several = {m: ours[replace(case, m=m)] for m in ROWS if replace(case, m=m) in ours}
-                print(line + "".join(f", M={m} {t / us:.2f}x" for m, t in several.items() if m > 1))
-        for m, provider in itertools.product(ROWS, PROVIDERS):
-            if provider != "pmpd" and (values := over(times, provider, bits, m)):
-                mean, least = statistics.geometric_mean(values), min(values)
-                print(f"M={m} over {provider}: geometric mean {mean:.2f}x, least {least:.2f}x ({len(values)} products)")
-
-
-def draw(path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    ceiling, times = read(path)
-    with path.open() as file:
-        gpu = next(csv.DictReader(file))["gpu"]
-    figure, axes = plt.subplots(figsize=(7, 5))
-    largest = 0.0
-    for provider in PROVIDERS:
-        points = sorted(
-            (case.weight_bytes / 1e6, us) for (name, case), us in times.items() if (name, case.m) == (provider, 1)
-        )
-        if points:
-            axes.scatter(*zip(*points, strict=True), s=14, label=provider)
-            largest = max(largest, points[-1][0])
-    line = [1.0, largest]
-    axes.plot(line, [1e12 * megabytes / ceiling for megabytes in line], "k--", label=f"{ceiling / 1e12:.2f} TB/s")
-    axes.set(xscale="log", yscale="log", xlabel="bytes of weights, MB", ylabel="time, microseconds")
-    axes.set_title(f"One row of x, {gpu}")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-
-
-def shape(text: str) -> tuple[int, int]:
-    out_features, in_features = text.split("x")
-    return int(out_features), int(in_features)
 
 
 def main() -> None:
