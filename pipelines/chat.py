@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 import pmpd
 from pmpd.artifacts import StoreError
 from pmpd.decode import ContextError
+from pmpd.generate import check_request
 from pmpd.kernels import CudaUnavailableError
 from pmpd.records import FP16_BITS, average_bits
 from pmpd.schedulers import Scheduler
@@ -108,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own next names
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     try:
+        check_request(args.scheduler, args.max_new_tokens, args.switch_step)  # not after minutes of quantising
         model = pmpd.load(
             args.model,
             nested=args.nested,

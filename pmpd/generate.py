@@ -20,6 +20,8 @@ from pmpd.records import FP16_BITS, Schedule, class_schedules
 from pmpd.schedulers import Fixed, Learned, Scheduler, load_network
 from pmpd.stages.learned import NETWORK_FILE, TRAIN_LEARNED
 
+NAMED = ("fp16", "high", "low", "static")
+"""Schedulers that have a name."""
 STATIC_FRACTION = 3
 """``static`` without a switch step switches after a third of ``max_new_tokens``: the first step of the paper's grid
 that is not 0. A step fitted on data (``fit_static``) is better."""
@@ -40,6 +42,32 @@ class Piece:
     token: int
     bits: int
     text: str
+
+
+def check_request(
+    scheduler: str | Path | Schedule | Scheduler, max_new_tokens: int, switch_step: int | None = None
+) -> None:
+    """What can be known to be wrong with arguments of :meth:`Model.generate` before there is a model.
+
+    Raises:
+        ValueError: a scheduler that there is not, or a number of tokens or steps out of range.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
+    if switch_step is not None and scheduler != "static":
+        raise ValueError(f"switch_step={switch_step} goes with scheduler='static', not {scheduler!r}")
+    if switch_step is not None and not 0 <= switch_step <= max_new_tokens:
+        raise ValueError(f"switch_step={switch_step} is not possible: 0 to max_new_tokens ({max_new_tokens})")
+    if not isinstance(scheduler, (str, Path)) or str(scheduler) in NAMED or Path(scheduler).is_dir():
+        return
+    try:
+        Schedule.parse(str(scheduler))
+    except ValueError as error:
+        why = f": {error}" if ":" in str(scheduler) else ""
+        raise ValueError(
+            f"scheduler={str(scheduler)!r} is none of {', '.join(NAMED)}, a schedule such as 4:4@21,3, "
+            f"or the folder of a trained scheduler{why}"
+        ) from error
 
 
 class Model:
@@ -127,12 +155,7 @@ class Model:
         Raises:
             ValueError: as there.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
-        if switch_step is not None and scheduler != "static":
-            raise ValueError(f"switch_step={switch_step} goes with scheduler='static', not {scheduler!r}")
-        if switch_step is not None and not 0 <= switch_step <= max_new_tokens:
-            raise ValueError(f"switch_step={switch_step} is not possible: 0 to max_new_tokens ({max_new_tokens})")
+        check_request(scheduler, max_new_tokens, switch_step)
         if isinstance(scheduler, Schedule):
             found: Scheduler = Fixed(scheduler)
         elif isinstance(scheduler, (str, Path)):
@@ -156,14 +179,7 @@ class Model:
             return Fixed(Schedule(self.high_bits, (self.high_bits, self.low_bits), (step,)))
         if Path(name).is_dir():
             return trained(Path(name), max_new_tokens, self.device)
-        try:
-            return Fixed(Schedule.parse(name))
-        except ValueError as error:
-            why = f": {error}" if ":" in name else ""
-            raise ValueError(
-                f"scheduler={name!r} is none of fp16, high, low, static, a schedule such as 4:4@21,3, "
-                f"or the folder of a trained scheduler{why}"
-            ) from error
+        return Fixed(Schedule.parse(name))
 
     def _prompt_ids(self, prompt: str | Sequence[str], raw: bool) -> list[int]:
         turns = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -87,13 +87,27 @@ def test_a_gpu_that_cannot_run_the_kernels_is_one_line(monkeypatch: pytest.Monke
         chat.main([])
 
 
-def test_a_scheduler_that_there_is_not_is_said_before_a_message_is_read(
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--scheduler", "losless"], "'losless' is none of fp16"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0: at least 1"),
+        (["--switch-step", "300"], r"switch_step=300 is not possible: 0 to max_new_tokens \(256\)"),
+    ],
+)
+def test_what_is_wrong_without_a_model_is_said_before_one_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.setattr(pmpd, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit, match=said):
+        chat.main(options)
+
+
+def test_precisions_that_a_model_lacks_are_said_before_a_message_is_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path
 ) -> None:
     options = ["--model", str(tiny_llama), "--store", str(tmp_path), "--device", "cpu", "--no-calibration"]
     monkeypatch.setattr(chat, "messages", lambda prompt: pytest.fail("a message was asked for"))
-    with pytest.raises(SystemExit, match="'losless' is none of fp16"):
-        chat.main([*options, "--scheduler", "losless"])
     with pytest.raises(SystemExit, match=r"needs \[7\] bits.*--max-bits"):
         chat.main([*options, "--scheduler", "7:7", "--max-bits", "5"])
 
