@@ -6,6 +6,7 @@ Owns the split, the balancing and the report. Does not know where labels come fr
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,38 +115,59 @@ def train(
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
         losses = []
         for _ in tqdm(range(epochs), desc="train", unit="epoch", disable=None if progress else True, leave=False):
-            network.train()
-            rows = balanced_order([labels[i] for i in training], generator)
-            total = 0.0
-            for start in range(0, len(rows), batch):
-                chosen = [training[r] for r in rows[start : start + batch]]
-                target = torch.tensor([labels[i] for i in chosen])
-                loss = functional.cross_entropy(network(*pad([features[i] for i in chosen])), target)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += float(loss.detach()) * len(chosen)
-            losses.append(total / len(rows))
+            rows = [training[r] for r in balanced_order([labels[i] for i in training], generator)]
+            losses.append(_epoch(network, optimizer, features, labels, rows, batch))
     network.eval()
+    return network, _report(network, features, labels, num_classes, training, held_out, losses)
 
-    counts = [[labels[i] for i in part].count(k) for part in (training, range(len(labels))) for k in range(num_classes)]
-    train_counts, all_counts = counts[:num_classes], counts[num_classes:]
-    majority = max(range(num_classes), key=lambda k: train_counts[k])
+
+def _epoch(
+    network: LearnedNetwork,
+    optimizer: torch.optim.Optimizer,
+    features: Sequence[Features],
+    labels: Sequence[int],
+    rows: Sequence[int],
+    batch: int,
+) -> float:
+    """A step for each ``batch`` of ``rows``; the mean loss."""
+    network.train()
+    total = 0.0
+    for start in range(0, len(rows), batch):
+        chosen = rows[start : start + batch]
+        target = torch.tensor([labels[i] for i in chosen])
+        loss = functional.cross_entropy(network(*pad([features[i] for i in chosen])), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += float(loss.detach()) * len(chosen)
+    return total / len(rows)
+
+
+def _report(
+    network: LearnedNetwork,
+    features: Sequence[Features],
+    labels: Sequence[int],
+    num_classes: int,
+    training: Sequence[int],
+    held_out: Sequence[int],
+    losses: Sequence[float],
+) -> TrainReport:
+    in_training = Counter(labels[i] for i in training)
+    majority = max(range(num_classes), key=in_training.__getitem__)
     with torch.no_grad():
         logits = torch.cat([network(*pad([features[i]])) for i in held_out])
-    said = logits.argmax(-1).tolist()
     confusion = [[0] * num_classes for _ in range(num_classes)]
-    for i, k in zip(held_out, said, strict=True):
-        confusion[labels[i]][k] += 1
-    return network, TrainReport(
-        holdout_accuracy=sum(confusion[k][k] for k in range(num_classes)) / num_holdout,
-        majority_accuracy=sum(labels[i] == majority for i in held_out) / num_holdout,
+    for i, said in zip(held_out, logits.argmax(-1).tolist(), strict=True):
+        confusion[labels[i]][said] += 1
+    return TrainReport(
+        holdout_accuracy=sum(confusion[k][k] for k in range(num_classes)) / len(held_out),
+        majority_accuracy=sum(labels[i] == majority for i in held_out) / len(held_out),
         num_train=len(training),
-        num_holdout=num_holdout,
+        num_holdout=len(held_out),
         num_parameters=network.num_parameters,
         holdout=tuple(held_out),
         confusion=tuple(map(tuple, confusion)),
-        label_counts=tuple(all_counts),
+        label_counts=tuple(labels.count(k) for k in range(num_classes)),
         losses=tuple(losses),
         holdout_loss=float(functional.cross_entropy(logits, torch.tensor([labels[i] for i in held_out]))),
     )
