@@ -146,7 +146,8 @@ def write_imatrix(tools: Path, model: Path, text: str, windows: Tensor, out: Pat
     run(tools / "llama-imatrix", "-m", model, "-f", file, "-o", out, "-c", windows.shape[1], "--parse-special")
     counts = {int(t.data.item()) for t in GGUFReader(out).tensors if t.name.endswith(COUNTS)}
     if counts != {windows.numel()}:
-        raise ValueError(f"llama-imatrix read {counts} tokens of {windows.numel()}: its tokenizer is not the model's")
+        read = ", ".join(map(str, sorted(counts)))
+        raise ValueError(f"llama-imatrix read {read} tokens of {windows.numel()}: its tokenizer is not the model's")
 
 
 def run(*command: object) -> None:
