@@ -52,6 +52,9 @@ PEERS = {
     "gptq-row-asym-mse": "GPTQ, a scale a row, least squared error",
     "autoround-96-asym": "AutoRound, 96 columns a scale",
     "anybcq-192": "AnyBCQ's method, 192 columns a scale",
+    "llamacpp-k-m": "llama.cpp's Q2_K, Q3_K_M, Q4_K_M: most layers fall back to Q4_0 or Q5_0",
+    "llamacpp-k-m-imatrix": "the same, importance matrix",
+    "llamacpp-k-s-flat-imatrix": "llama.cpp's Q2_K_S, Q3_K_S over rows, importance matrix",
     **{name: LABELS[name].replace("the same", "joint, 2 to 4 bits") for name in
        ("anyprec-exact", "anyprec-exact-refit", "joint", "joint-4", "joint-4-tuned")},
 }  # fmt: skip
