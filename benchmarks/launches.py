@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from chain import Chain
 from nested_matmul import inputs, pmpd_weights, replay_us
-from products import SHAPES, Case
+from products import SHAPES, Case, write_rows
 
 from pmpd.kernels import launch, nvrtc, product
 from pmpd.kernels.launch import Launch
@@ -157,10 +157,7 @@ class Table:
         self.rows[_key(row)] = row
         sys.stdout.write(f"{case} chain {chain}: {us:.2f} us {plan}\n")
         sys.stdout.flush()
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows[key] for key in sorted(self.rows))
+        write_rows(self.path, COLUMNS, (self.rows[key] for key in sorted(self.rows)))
 
 
 def _key(row: dict[str, Any]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import itertools
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,14 @@ def shape(text: str) -> tuple[int, int]:
     return int(out_features), int(in_features)
 
 
+def write_rows(path: Path, columns: Collection[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV file, whole or as it was."""
+    with atomic(path) as whole, whole.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 class Table:
     """A CSV file with a row a provider and product, whole after each that is put; rows not put again stay."""
 
@@ -63,10 +71,7 @@ class Table:
 
     def put(self, row: Mapping[str, Any]) -> None:
         self.rows[tuple(str(row.get(k, "")) for k in KEY)] = row
-        with atomic(self.path) as whole, whole.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows.values())
+        write_rows(self.path, COLUMNS, self.rows.values())
 
 
 def read(path: Path) -> tuple[float, dict[tuple[str, Case], float]]:

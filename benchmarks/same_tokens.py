@@ -11,19 +11,18 @@ logits say of them. Rounding explains a small gap between the two; nothing expla
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from decode import commit_here
+from products import write_rows
 from quantiser_bench import NEWS, texts_of
 from tqdm import tqdm
 
 import pmpd
 from pmpd.decode import decode, prefill
-from pmpd.files import atomic
 from pmpd.records import FP16_BITS, Schedule
 from pmpd.schedulers import Planned
 from pmpd.tasks import build
@@ -125,10 +124,7 @@ def main() -> None:
     print(summary(rows))
     where = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     run = {"device": where, "dtype": args.dtype, "versions": f"torch {torch.__version__}", "commit": args.commit}
-    with atomic(args.out) as whole, whole.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [f.name for f in fields(Compared)] + list(run), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) | run for row in rows)
+    write_rows(args.out, [f.name for f in fields(Compared)] + list(run), (asdict(row) | run for row in rows))
 
 
 if __name__ == "__main__":
