@@ -2,13 +2,13 @@
 
     python benchmarks/launches.py                              all of it
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
-    python benchmarks/launches.py --refine --bits 2 --rows 4   one round, from the launches that the file has
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
-For each product and each method (look-up or bit planes, with and without clusters) a descent changes one choice at a
-time: warps, stages, when the next kernel may come. All descents take their steps together, so that what a step needs is
-compiled by all cores at once. Products are timed as in nested_matmul.py; in a chain as in chain.py, where what counts
-is the time of the whole block.
+For each product and each method (look-up or bit planes, with and without clusters) all ways of dividing the work among
+warps are tried with a few depths of the queue of weights, then the best of them with all depths; the fastest of all are
+timed again, longer. (A descent, one choice at a time, ends up to a fifth above that: the best queue of one division is
+not another's.) Programs are compiled by all cores first. Products are timed as in nested_matmul.py. In a chain, where
+what counts is the time of the whole block, as in chain.py, each try takes longer, and a descent it is.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from chain import Chain
-from nested_matmul import inputs, pmpd_weights, replay_us
+from nested_matmul import REPLAYS, inputs, pmpd_weights, replay_us
 from products import SHAPES, Case, write_rows
 
 from pmpd.kernels import launch, nvrtc, product
@@ -49,7 +49,10 @@ MORE_WARPS = [(2, 6), (4, 3), (4, 4), (7, 2), (8, 2), (11, 1), (16, 1)]
 """Where registers allow: two bits, one row."""
 QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2), (6, 2), (8, 4)]
 START = Launch(4, 2, 3, 2, True)
-STARTS = [START, Launch(8, 1, 8, 4, True)]
+FEW_QUEUES = [(1, 1), (2, 2), (3, 3), (4, 2)]
+"""Stages, and of these early, that every division of the work is tried with."""
+FINALISTS = 8
+FEW_REPLAYS = 4
 
 
 @dataclass(frozen=True)
@@ -86,20 +89,35 @@ def warps(bits: int, rows: int, method: Method, in_features: int) -> list[dict[s
 
 
 Axes = list[list[dict[str, Any]]]
-AXES = 4
-"""At most."""
 
 
 def axes(bits: int, rows: int, method: Method, out_features: int, in_features: int, processors: int) -> Axes:
     """Choices of each axis that a descent goes along."""
     found = [
         warps(bits, rows, method, in_features),
-        [{"stages": stages, "early": early} for stages, early in QUEUES],
+        queues(QUEUES),
         [{"late": late} for late in (True, False)],
     ]
     if out_features <= launch.TILE * processors:
         found.append([{"alone": alone} for alone in (False, True)])
     return found
+
+
+def divisions(method: Method, in_features: int) -> list[dict[str, Any]]:
+    """All ways of dividing the work of a block among its warps, at least four."""
+    steps = -(-in_features // launch.STEP)
+    found = {}
+    for own, teams in itertools.product(range(1, launch.MAX_WARPS + 1), (1, 2, 3, 4, 6, 8)):
+        splits = min(own, max(1, steps // method.cluster)) * method.cluster
+        splits = -(-steps // -(-steps // splits))  # no more than leave the busiest as few steps
+        splits = -(-splits // method.cluster) * method.cluster
+        if splits <= steps and 4 <= splits // method.cluster * teams <= launch.MAX_WARPS:
+            found[splits, teams] = {"splits": splits, "teams": teams} | asdict(method)
+    return list(found.values())
+
+
+def queues(pairs: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [{"stages": stages, "early": early} for stages, early in pairs]
 
 
 def every(start: Launch, choices: Axes) -> Iterator[Launch]:
@@ -141,13 +159,6 @@ class Table:
         gone = {(1, bits, 1, *shape) for shape in shapes}
         self.rows = {key: row for key, row in self.rows.items() if key[:5] not in gone}
 
-    def launch(self, case: Case, method: Method) -> Launch | None:
-        """What there is for a product alone."""
-        row = self.rows.get(
-            (0, case.bits, case.m, case.out_features, case.in_features, int(method.planes), method.cluster)
-        )
-        return row and launch.parse(row).launch
-
     def add(self, case: Case, plan: Launch, us: float, processors: int, chain: int = 0) -> None:
         row = self.record | {
             **{"chain": chain, "bits": case.bits, "m": case.m, "processors": processors, "median": f"{us:.3f}"},
@@ -188,44 +199,90 @@ class Descent:
         self.best = min(candidates, key=self.times.__getitem__)
 
 
-def products(
-    bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], table: Table, *, refine: bool
-) -> None:
-    """A row for each product and method; ``refine``: from the launch that the table has, where it has one."""
+@dataclass
+class Search:
+    """For the launch of one product by one method.
+
+    Attributes:
+        times: microseconds, of the launches tried so far.
+    """
+
+    case: Case
+    method: Method
+    gpu: product.Gpu
+    times: dict[Launch, float] = field(default_factory=dict)
+
+    @property
+    def divisions(self) -> list[dict[str, Any]]:
+        return divisions(self.method, self.case.in_features)
+
+    def plans(
+        self, divided: list[dict[str, Any]], pairs: Sequence[tuple[int, int]], alone: Sequence[bool]
+    ) -> set[Launch]:
+        """Launches that this GPU has the memory for as they are."""
+        late = [{"late": late} for late in (True, False)]
+        wanted = every(START, [divided, queues(pairs), late, [{"alone": alone} for alone in alone]])
+        return {plan for plan in wanted if self._fits(plan)}
+
+    def _fits(self, plan: Launch) -> bool:
+        try:
+            fitted = fit(plan, self.case, self.gpu)
+        except ValueError:
+            return False
+        return replace(fitted, blocks=plan.blocks, rows=plan.rows) == plan and fitted.rows >= self.case.m
+
+    def run(self, time: Callable[[Launch, int], float]) -> Launch:
+        """The fastest launch, by ``time(launch, replays)``."""
+        self._try(self.plans(self.divisions, FEW_QUEUES, [False]), time)
+        best = {(plan.splits, plan.teams) for plan in self._fastest()}
+        chosen = [division for division in self.divisions if (division["splits"], division["teams"]) in best]
+        small = self.case.out_features <= launch.TILE * self.gpu.processors
+        self._try(self.plans(chosen, QUEUES, [False, True] if small else [False]), time)
+        again = {plan: statistics.median(time(plan, REPLAYS) for _ in range(3)) for plan in self._fastest()}
+        self.times |= again
+        return min(again, key=again.__getitem__)
+
+    def _try(self, plans: Iterable[Launch], time: Callable[[Launch, int], float]) -> None:
+        for plan in sorted(plans - self.times.keys(), key=repr):
+            self.times[plan] = time(plan, FEW_REPLAYS)
+
+    def _fastest(self) -> list[Launch]:
+        return sorted(self.times, key=self.times.__getitem__)[:FINALISTS]
+
+    def variants(self) -> set[product.Variant]:
+        """Programs that it may need."""
+        plans = self.plans(self.divisions, QUEUES, [False])
+        return {variant(fit(plan, self.case, self.gpu), self.case) for plan in plans}
+
+
+def variant(plan: Launch, case: Case) -> product.Variant:
+    return product.Variant.of(plan, case.bits, torch.float16, product.Fused(), case.in_features, 1)
+
+
+def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], table: Table) -> None:
+    """A row for each product and method."""
     gpu = product.describe(torch.cuda.current_device())
-    found: dict[tuple[Case, Method], list[Descent]] = {}
-    for case in (Case(b, m, *shape) for shape in shapes for b in bits for m in rows):
-        for method in methods(case.bits, case.m):
-            if not wanted or method.name in wanted:
-                choices = axes(case.bits, case.m, method, case.out_features, case.in_features, gpu.processors)
-                known = table.launch(case, method) if refine else None
-                starts = [known] if known else [replace(start, **choices[0][0]) for start in STARTS]
-                found[case, method] = [Descent(case, choices, start) for start in starts]
-    descents = sorted((d for group in found.values() for d in group), key=lambda d: repr(d.case))
-    for _ in range(1 if refine else 2):
-        for axis in range(AXES):
-            _step(descents, axis, gpu)
-    for (case, _), group in found.items():
-        best = min(group, key=lambda d: d.times[d.best])
-        table.add(case, best.best, best.times[best.best], gpu.processors)
-
-
-def _step(descents: list[Descent], axis: int, gpu: product.Gpu) -> None:
-    plans = [(d.case, fit(plan, d.case, gpu)) for d in descents for plan in d.candidates(axis)]
-    variants = (
-        product.Variant.of(plan, case.bits, torch.float16, product.Fused(), case.in_features, 1) for case, plan in plans
-    )
-    compile_all(variants, architecture(gpu))
-    for case, group in itertools.groupby(descents, key=lambda d: d.case):
+    cases = [Case(b, m, *shape) for b in bits for m in rows for shape in shapes]
+    searches = {
+        case: [
+            Search(case, method, gpu) for method in methods(case.bits, case.m) if not wanted or method.name in wanted
+        ]
+        for case in cases
+    }
+    compile_all((v for group in searches.values() for search in group for v in search.variants()), architecture(gpu))
+    for case, group in searches.items():
         operands, x = [product.Operand.of(weight, case.bits) for weight in pmpd_weights(case)], inputs(case)
         out = torch.empty(case.m, case.out_features, device="cuda", dtype=torch.float16)
 
-        def microseconds(plan: Launch, operands: list[Any] = operands, x: Any = x, out: Any = out) -> float:
+        def microseconds(
+            plan: Launch, replays: int, operands: list[Any] = operands, x: Any = x, out: Any = out
+        ) -> float:
             call = functools.partial(product.multiply, x, fused=product.Fused(), out=out, plan=plan)
-            return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands)))
+            return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands), replays))
 
-        for descent in group:
-            descent.step(axis, microseconds)
+        for search in group:
+            best = search.run(microseconds)
+            table.add(case, best, search.times[best], gpu.processors)
 
 
 def fit(plan: Launch, case: Case, gpu: product.Gpu) -> Launch:
@@ -294,7 +351,6 @@ def main() -> None:
         default=[],
         help="as planes-2: bit planes, clusters of two; default: all",
     )
-    parser.add_argument("--refine", action="store_true", help="one round, from the launches that the file has")
     parser.add_argument("--chain", action="store_true")
     parser.add_argument("--models", nargs="+", default=["vicuna7b", "mobilellama"])
     parser.add_argument("--commit", help="what to record, where there is no repository")
@@ -313,7 +369,7 @@ def main() -> None:
         chains(args.bits, args.models, table)
     else:
         shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes or ()]
-        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, args.methods, table, refine=args.refine)
+        products(args.bits, args.rows, shapes or SHAPES + SMALL_SHAPES, args.methods, table)
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ PROVIDERS: dict[str, tuple[Callable[[Case], Call], tuple[int, ...], tuple[int, .
 }
 
 
-def replay_us(call: Call, buffers: int) -> list[float]:
-    """Microseconds a call of ``REPLAYS`` replays of a graph with one call a buffer."""
+def replay_us(call: Call, buffers: int, replays: int = REPLAYS) -> list[float]:
+    """Microseconds a call, of each replay of a graph with one call a buffer."""
     for i in range(3):
         call(i % buffers)
     torch.cuda.synchronize()
@@ -179,7 +179,7 @@ def replay_us(call: Call, buffers: int) -> list[float]:
             call(i)
     graph.replay()
     times = []
-    for _ in range(REPLAYS):
+    for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()

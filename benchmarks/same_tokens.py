@@ -3,7 +3,8 @@
     python benchmarks/same_tokens.py                     SmolLM2, 6 shipped prompts, up to 96 tokens
     python benchmarks/same_tokens.py --model DIR --device cpu --dtype bfloat16      another model; needs no GPU
 
-The reference is float32 on the CPU, dequantised. Writes benchmarks/results/same_tokens.csv, a row a prompt and
+The reference is float32 on the CPU, dequantised, of the GPU's own nested model. (One that a CPU makes is another: the
+gradients that weight its errors are bfloat16 on a GPU.) Writes benchmarks/results/same_tokens.csv, a row a prompt and
 schedule: how many tokens are equal from the first on, and, where they part, the two tokens and what the reference's
 logits say of them. Rounding explains a small gap between the two; nothing explains a large one.
 """
@@ -105,10 +106,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", default=commit_here(), help="what to record, where there is no repository")
     args = parser.parse_args()
-    made = {"nested": args.nested, "store": args.store}
+    dtype = getattr(torch, args.dtype)
     try:
-        reference = pmpd.load(args.model, device="cpu", **made)
-        other = pmpd.load(args.model, device=args.device, dtype=getattr(torch, args.dtype), keep_fp16=True, **made)
+        other = pmpd.load(
+            args.model, nested=args.nested, store=args.store, device=args.device, dtype=dtype, keep_fp16=True
+        )
+        reference = pmpd.load(args.model, nested=other.nested, store=args.store, device="cpu")
     except ValueError as error:
         parser.error(str(error))
     high, low = reference.high_bits, reference.low_bits

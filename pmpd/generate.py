@@ -76,6 +76,7 @@ class Model:
     Attributes:
         engine: in words, how decode steps are taken on this device.
         high_bits, low_bits: what ``high``, ``low`` and ``static`` mean.
+        nested: folder of its nested model, for ``pmpd.load(..., nested=)`` on another device; None if not known.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Model:
         high_bits: int,
         low_bits: int,
         engine: str,
+        nested: Path | None = None,
     ) -> None:
         """Raises:
         ValueError: precisions that do not fall, or that the model does not have.
@@ -101,6 +103,7 @@ class Model:
         self.prompter = prompter
         self.high_bits, self.low_bits = high_bits, low_bits
         self.engine = engine
+        self.nested = nested
 
     @property
     def bits(self) -> list[int]:

@@ -120,7 +120,7 @@ def load(
     ready, fast_cell, engine = fastest(loaded, cell, device)
     assert fast_cell is not None
     prompter = _prompter(folder, prompt, trust_remote_code)
-    model = Model(ready, fast_cell, prompter, high_bits=high_bits, low_bits=low_bits, engine=engine)
+    model = Model(ready, fast_cell, prompter, high_bits=high_bits, low_bits=low_bits, engine=engine, nested=shards)
     if on_gpu:
         model.warm_up()
     return model

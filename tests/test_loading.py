@@ -36,7 +36,8 @@ def test_a_model_is_quantised_once_and_found_again(tmp_path: Path, tiny_llama: P
     again = pmpd.load(str(tiny_llama), store=store, device="cpu", parent_bits=4, low_bits=2)
     assert made.stat().st_mtime_ns == written
     assert answer(again) == answer(model)
-    given = pmpd.load(tiny_llama, nested=made.parent, store=tmp_path / "other", device="cpu", low_bits=2)
+    assert model.nested == again.nested == made.parent
+    given = pmpd.load(tiny_llama, nested=model.nested, store=tmp_path / "other", device="cpu", low_bits=2)
     assert answer(given) == answer(model)
     assert not (tmp_path / "other" / "quantize").exists()
 

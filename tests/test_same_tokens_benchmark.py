@@ -51,3 +51,17 @@ def test_where_models_part_the_reference_says_how_near_the_other_token_was(
         (float(logits.max()), float(logits[row.other_token])), rel=1e-5
     )
     assert f"{row.logit - row.other_logit:.3f} apart" in same_tokens.summary([row])
+
+
+def test_the_reference_has_the_other_ones_nested_model(
+    same_tokens: ModuleType, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[pmpd.Model] = []
+    monkeypatch.setattr(same_tokens, "compare", lambda reference, other, *_: compared.extend([reference, other]) or [])
+    out = tmp_path / "rows.csv"
+    options = ["--model", str(tiny_llama), "--store", str(tmp_path), "--device", "cpu", "--dtype", "bfloat16"]
+    monkeypatch.setattr("sys.argv", ["same_tokens.py", *options, "--out", str(out), "--commit", "x"])
+    same_tokens.main()
+    assert compared[0].nested == compared[1].nested is not None
+    dtypes = [next(model.model.parameters()).dtype for model in compared]
+    assert dtypes == [torch.float32, torch.bfloat16]

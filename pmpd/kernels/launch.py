@@ -20,12 +20,12 @@ STEP = 256
 CHUNKS = (1, 2, 4, 6)
 """Steps of x that a warp may have in registers at once."""
 MOST_CHUNK = 2
-"""Of these by look-up, where tables wait in registers too."""
+"""Of these by look-up with many warps, where tables wait in registers too."""
 DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
-MAX_WARPS = 16
+FEW_WARPS, MAX_WARPS = 8, 16
 PLANES_MAX_BITS = 4
 """The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
 STATIC_SHARED_BYTES = 4096
@@ -44,7 +44,8 @@ class Launch:
     late: let the next kernel come only once x is here.
     alone: let no two blocks of such kernels share a processor.
     planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
-    cluster: blocks that share tiles, each with a part of the ``splits``; each makes only its own columns of x ready.
+    cluster: blocks that share tiles, each with a part of the ``splits``; each makes only its own columns of x ready,
+        and by look-up, if x has several rows, has room for these alone.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -70,17 +71,25 @@ class Launch:
         """Rows of x that the kernel is compiled for: 1, 2, 4 or 8."""
         return 1 << (self.rows - 1).bit_length()
 
+    @property
+    def max_warps(self) -> int:
+        """What the kernel is compiled for: with few warps a thread may have twice the registers."""
+        few = self.warps <= FEW_WARPS and (self.planes or self.capacity > 1)
+        return FEW_WARPS if few else MAX_WARPS
+
     def chunk(self, in_features: int) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""
-        most = max(CHUNKS) if self.planes else MOST_CHUNK
+        most = max(CHUNKS) if self.planes or self.max_warps == FEW_WARPS else MOST_CHUNK
         own = _up(_up(in_features, STEP), self.splits)
         return next(chunk for chunk in CHUNKS if chunk >= min(own, most)), own <= most
 
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
         """Dynamic shared memory of a block: rings of weights, columns of x, partial sums, scales and tables."""
-        tiles = _up(_up(out_features, TILE), self.blocks // self.cluster)
+        tiles, steps = _up(_up(out_features, TILE), self.blocks // self.cluster), _up(in_features, STEP)
         ring = self.warps * self.stages * TILE * STEP * bits // 8
-        columns = self.capacity * DIGITS * (_up(in_features, STEP) * STEP + 16)
+        if not self.planes and self.cluster > 1 and self.capacity > 1:
+            steps = min(steps, _up(steps, self.splits) * (self.splits // self.cluster))
+        columns = self.capacity * DIGITS * (steps * STEP + 16)
         partial = _up(tiles, self.cluster) * self.splits * self.capacity * TILE * 4
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
         return ring + columns + partial + tiles * (TILE * 8 + tables)

@@ -219,7 +219,7 @@ class Variant:
             ragged=in_features % launch.STEP != 0,
             chunk=chunk,
             once=once,
-            max_threads=256 if plan.planes and plan.warps <= 8 else 512,
+            max_threads=32 * plan.max_warps,
             planes=plan.planes,
             cluster=plan.cluster,
         )
