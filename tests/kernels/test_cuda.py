@@ -108,6 +108,21 @@ class TestGroups:
             case.check(cuda.matmul(x, case.weight, bits), x, bits)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("bits", range(2, 8))
+class TestPrecisions:
+    pytestmark = on_gpu
+
+    def test_planes_above_a_precision_make_no_difference(self, bits: int, rows: int) -> None:
+        case = Case(2208, 2816)
+        x = case.x(rows, 2816)
+        before = cuda.matmul(x, case.weight, bits)
+        above = case.weight.packed.view(-1)[2208 * 2816 * bits // 32 :]
+        assert above.numel() * 32 == 2208 * 2816 * (8 - bits)
+        above.bitwise_not_()
+        assert torch.equal(cuda.matmul(x, case.weight, bits), before)
+
+
 class TestAroundTheProduct:
     pytestmark = on_gpu
 
