@@ -4,7 +4,7 @@
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
-For each product and each method (look-up or bit planes, with and without clusters) all ways of dividing the work among
+For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work among
 warps are tried with a few depths of the queue of weights, then the best of them with all depths; the fastest of all are
 timed again, longer. (A descent, one choice at a time, ends up to a fifth above that: the best queue of one division is
 not another's.) Programs are compiled by all cores first. Products are timed as in nested_matmul.py. In a chain, where
@@ -46,13 +46,17 @@ WARPS = {  # (of a block for a tile, teams)
     True: [(1, 4), (2, 2), (2, 4), (4, 1), (4, 2), (6, 1), (7, 1), (8, 1)],
 }
 MORE_WARPS = [(2, 6), (4, 3), (4, 4), (7, 2), (8, 2), (11, 1), (16, 1)]
-"""Where registers allow: two bits, one row."""
+"""By planes where registers allow: two bits."""
+TEAMS = (1, 2, 3, 4, 6, 8)
 QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2), (6, 2), (8, 4)]
-START = Launch(4, 2, 3, 2, True)
+"""Stages, and of these early."""
 FEW_QUEUES = [(1, 1), (2, 2), (3, 3), (4, 2)]
-"""Stages, and of these early, that every division of the work is tried with."""
+"""Of these what every division of the work is tried with."""
+START = Launch(4, 2, 3, 2, True)
 FINALISTS = 8
+"""Fastest launches, whose divisions of the work are tried further, and which are timed again."""
 FEW_REPLAYS = 4
+"""For the time of a launch that may become one of them."""
 
 
 @dataclass(frozen=True)
@@ -76,47 +80,45 @@ def methods(bits: int, rows: int) -> list[Method]:
     return found
 
 
-def warps(bits: int, rows: int, method: Method, in_features: int) -> list[dict[str, Any]]:
+Changes = list[dict[str, Any]]
+"""Of a launch: choices of one kind."""
+Axes = list[Changes]
+
+
+def axes(bits: int, method: Method, in_features: int) -> Axes:
+    """Choices of each axis that a descent goes along."""
+    pairs = WARPS[method.planes] + (MORE_WARPS if method.planes and bits == 2 else [])
+    return [divide(pairs, method, in_features), queues(QUEUES), [{"late": late} for late in (True, False)]]
+
+
+def divide(pairs: Iterable[tuple[int, int]], method: Method, in_features: int) -> Changes:
+    """Ways of dividing the work of a block among its warps.
+
+    Args:
+        pairs: of warps for a tile, of which no more are taken than leave the busiest as few steps, and teams.
+    """
     steps = -(-in_features // launch.STEP)
-    pairs = WARPS[method.planes] + (MORE_WARPS if method.planes and bits == 2 and rows == 1 else [])
     found = {}
     for own, teams in pairs:
         splits = min(own, max(1, steps // method.cluster)) * method.cluster
-        splits = -(-steps // -(-steps // splits))  # no more than leave the busiest as few steps
+        splits = -(-steps // -(-steps // splits))
         splits = -(-splits // method.cluster) * method.cluster
         found[splits, teams] = {"splits": splits, "teams": teams} | asdict(method)
     return list(found.values())
 
 
-Axes = list[list[dict[str, Any]]]
-
-
-def axes(bits: int, rows: int, method: Method, out_features: int, in_features: int, processors: int) -> Axes:
-    """Choices of each axis that a descent goes along."""
-    found = [
-        warps(bits, rows, method, in_features),
-        queues(QUEUES),
-        [{"late": late} for late in (True, False)],
+def divisions(method: Method, in_features: int) -> Changes:
+    """What a search tries: from four warps on, all with a part of the work."""
+    pairs, steps = itertools.product(range(1, launch.MAX_WARPS + 1), TEAMS), -(-in_features // launch.STEP)
+    return [
+        division
+        for division in divide(pairs, method, in_features)
+        if division["splits"] <= steps
+        and 4 <= division["splits"] // method.cluster * division["teams"] <= launch.MAX_WARPS
     ]
-    if out_features <= launch.TILE * processors:
-        found.append([{"alone": alone} for alone in (False, True)])
-    return found
 
 
-def divisions(method: Method, in_features: int) -> list[dict[str, Any]]:
-    """All ways of dividing the work of a block among its warps, at least four."""
-    steps = -(-in_features // launch.STEP)
-    found = {}
-    for own, teams in itertools.product(range(1, launch.MAX_WARPS + 1), (1, 2, 3, 4, 6, 8)):
-        splits = min(own, max(1, steps // method.cluster)) * method.cluster
-        splits = -(-steps // -(-steps // splits))  # no more than leave the busiest as few steps
-        splits = -(-splits // method.cluster) * method.cluster
-        if splits <= steps and 4 <= splits // method.cluster * teams <= launch.MAX_WARPS:
-            found[splits, teams] = {"splits": splits, "teams": teams} | asdict(method)
-    return list(found.values())
-
-
-def queues(pairs: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
+def queues(pairs: Iterable[tuple[int, int]]) -> Changes:
     return [{"stages": stages, "early": early} for stages, early in pairs]
 
 
@@ -181,18 +183,12 @@ def _key(row: dict[str, Any]) -> tuple[int, ...]:
 class Descent:
     """The way from one launch of a product by one method to a better one, one axis at a time."""
 
-    case: Case
     choices: Axes
     best: Launch
     times: dict[Launch, float] = field(default_factory=dict)
 
-    def candidates(self, axis: int) -> list[Launch]:
-        """What a step along the axis has to try, the best so far among them."""
-        changes = self.choices[axis] if axis < len(self.choices) else []
-        return [self.best, *(replace(self.best, **change) for change in changes)]
-
     def step(self, axis: int, time: Callable[[Launch], float]) -> None:
-        candidates = self.candidates(axis)
+        candidates = [self.best, *(replace(self.best, **change) for change in self.choices[axis])]
         for plan in candidates:
             if plan not in self.times:
                 self.times[plan] = time(plan)
@@ -213,13 +209,11 @@ class Search:
     times: dict[Launch, float] = field(default_factory=dict)
 
     @property
-    def divisions(self) -> list[dict[str, Any]]:
+    def divisions(self) -> Changes:
         return divisions(self.method, self.case.in_features)
 
-    def plans(
-        self, divided: list[dict[str, Any]], pairs: Sequence[tuple[int, int]], alone: Sequence[bool]
-    ) -> set[Launch]:
-        """Launches that this GPU has the memory for as they are."""
+    def plans(self, divided: Changes, pairs: Sequence[tuple[int, int]], alone: Sequence[bool]) -> set[Launch]:
+        """Launches that this GPU has the memory for as they are, if perhaps with more blocks."""
         late = [{"late": late} for late in (True, False)]
         wanted = every(START, [divided, queues(pairs), late, [{"alone": alone} for alone in alone]])
         return {plan for plan in wanted if self._fits(plan)}
@@ -231,8 +225,8 @@ class Search:
             return False
         return replace(fitted, blocks=plan.blocks, rows=plan.rows) == plan and fitted.rows >= self.case.m
 
-    def run(self, time: Callable[[Launch, int], float]) -> Launch:
-        """The fastest launch, by ``time(launch, replays)``."""
+    def run(self, time: Callable[[Launch, int], float]) -> Launch | None:
+        """The fastest launch, by ``time(launch, replays)``; None if this GPU has the memory for none."""
         self._try(self.plans(self.divisions, FEW_QUEUES, [False]), time)
         best = {(plan.splits, plan.teams) for plan in self._fastest()}
         chosen = [division for division in self.divisions if (division["splits"], division["teams"]) in best]
@@ -240,9 +234,9 @@ class Search:
         self._try(self.plans(chosen, QUEUES, [False, True] if small else [False]), time)
         again = {plan: statistics.median(time(plan, REPLAYS) for _ in range(3)) for plan in self._fastest()}
         self.times |= again
-        return min(again, key=again.__getitem__)
+        return min(again, key=again.__getitem__, default=None)
 
-    def _try(self, plans: Iterable[Launch], time: Callable[[Launch, int], float]) -> None:
+    def _try(self, plans: set[Launch], time: Callable[[Launch, int], float]) -> None:
         for plan in sorted(plans - self.times.keys(), key=repr):
             self.times[plan] = time(plan, FEW_REPLAYS)
 
@@ -260,7 +254,7 @@ def variant(plan: Launch, case: Case) -> product.Variant:
 
 
 def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], table: Table) -> None:
-    """A row for each product and method."""
+    """A row for each product and method, where a launch fits."""
     gpu = product.describe(torch.cuda.current_device())
     cases = [Case(b, m, *shape) for b in bits for m in rows for shape in shapes]
     searches = {
@@ -281,8 +275,8 @@ def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wa
             return statistics.median(replay_us(lambda i: call(weight=operands[i]), len(operands), replays))
 
         for search in group:
-            best = search.run(microseconds)
-            table.add(case, best, search.times[best], gpu.processors)
+            if best := search.run(microseconds):
+                table.add(case, best, search.times[best], gpu.processors)
 
 
 def fit(plan: Launch, case: Case, gpu: product.Gpu) -> Launch:
@@ -310,8 +304,7 @@ def chain_variants(chain: Chain, bits: list[int], gpu: product.Gpu) -> Iterator[
     fused = {"qkv": product.Fused(norm), "gate_up": product.Fused(norm, gated=True)}
     for (part, (out_features, in_features)), b in itertools.product(chain.shapes.items(), bits):
         for method in methods(b, 1):
-            choices = axes(b, 1, method, out_features, in_features, gpu.processors)[:2]
-            for plan in every(START, choices):
+            for plan in every(START, axes(b, method, in_features)[:2]):
                 plan = fit(plan, Case(b, 1, out_features, in_features), gpu)
                 yield product.Variant.of(plan, b, torch.float16, fused.get(part, product.Fused()), in_features, 1)
 
@@ -329,10 +322,8 @@ def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> lis
         candidates = [plans[part]]
         for method in methods(bits, 1):
             if planes or not method.planes:
-                choices = axes(bits, 1, method, *shapes[part], processors)[:3]
-                descent = Descent(
-                    Case(bits, 1, *shapes[part]), choices, replace(plans[part], alone=False, **choices[0][0])
-                )
+                choices = axes(bits, method, shapes[part][1])
+                descent = Descent(choices, replace(plans[part], alone=False, **choices[0][0]))
                 for axis in range(len(choices)):
                     descent.step(axis, time)
                 candidates.append(descent.best)
