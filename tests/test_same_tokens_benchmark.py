@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,13 @@ def test_where_models_part_the_reference_says_how_near_the_other_token_was(
 def test_the_reference_has_the_other_ones_nested_model(
     same_tokens: ModuleType, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared: list[pmpd.Model] = []
+    load, compared = pmpd.load, list[pmpd.Model]()
+
+    def load_as_on_a_gpu(path: str, *, dtype: torch.dtype | None = None, **options: Any) -> pmpd.Model:
+        """Where another nested model is made than on a CPU."""
+        return load(path, dtype=dtype, calibration="samples" if dtype is None else None, **options)
+
+    monkeypatch.setattr(pmpd, "load", load_as_on_a_gpu)
     monkeypatch.setattr(same_tokens, "compare", lambda reference, other, *_: compared.extend([reference, other]) or [])
     out = tmp_path / "rows.csv"
     options = ["--model", str(tiny_llama), "--store", str(tmp_path), "--device", "cpu", "--dtype", "bfloat16"]

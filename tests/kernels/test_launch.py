@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pmpd.kernels import block, launch
+from pmpd.kernels.launch import Launch
 from pmpd.kernels.product import Fused, Variant
 
 GPUS = [(132, 227 * 1024), (108, 163 * 1024), (46, 99 * 1024)]  # H100, A100, an Ada
@@ -23,9 +24,8 @@ def test_every_product_fits_every_gpu(
                 plan = launch.fit(plan, bits, out_features, in_features, groups, rows, processors, shared)
                 own = plan.shared_bytes(bits, out_features, in_features, groups)
                 variant = Variant.of(plan, bits, torch.float16, Fused(), in_features, groups)
-                splits = (
-                    variant.max_threads // 32 * plan.cluster
-                )  # that a block has room for, in three arrays of floats
+                # A block has room for so many splits, in three arrays of floats.
+                splits = variant.max_threads // 32 * plan.cluster
                 assert own <= shared - launch.STATIC_SHARED_BYTES
                 assert 12 * plan.capacity * splits + launch.RESERVED_BYTES <= launch.STATIC_SHARED_BYTES
                 assert 1 <= plan.rows <= rows
@@ -37,6 +37,43 @@ def test_every_product_fits_every_gpu(
                 assert plan.blocks % plan.cluster == 0
                 assert plan.cluster == 1 or can.get("clusters", True)
                 assert not plan.planes or (can.get("planes", True) and bits <= launch.PLANES_MAX_BITS)
+
+
+@pytest.mark.parametrize(
+    ("plan", "kept"),
+    [
+        (Launch(22, 1, 2, 2, cluster=2, blocks=132, rows=2), 22),
+        (Launch(10, 1, 2, 2, cluster=2, blocks=132, rows=8), 25),  # five steps of each of five splits
+        (Launch(22, 1, 2, 2, cluster=2, blocks=132, rows=1), 43),
+        (Launch(22, 1, 2, 2, cluster=1, blocks=132, rows=2), 43),
+        (Launch(22, 1, 2, 2, cluster=2, blocks=132, rows=2, planes=True), 43),
+    ],
+)
+def test_of_several_rows_by_look_up_a_block_of_a_cluster_has_memory_for_its_own_columns_alone(
+    plan: Launch, kept: int
+) -> None:
+    tiles = -(-4096 // 16 // (132 // plan.cluster))  # of the block that has most
+    ring, columns = plan.warps * 2 * 1024, 2 * plan.rows * (256 * kept + 16)
+    partial = tiles // plan.cluster * plan.splits * plan.rows * 16 * 4
+    tables = tiles * 16 * (8 + (16 if plan.planes else 8))
+    assert plan.shared_bytes(2, 4096, 11008, 1) == ring + columns + partial + tables
+
+
+@pytest.mark.parametrize(
+    ("plan", "max_warps", "chunk"),
+    [
+        (Launch(4, 2, rows=2), 8, (6, False)),
+        (Launch(8, 1, rows=2), 8, (6, True)),
+        (Launch(16, 1, rows=2, cluster=2), 8, (4, True)),
+        (Launch(4, 3, rows=2), 16, (2, False)),
+        (Launch(4, 2, rows=1), 16, (2, False)),
+        (Launch(4, 2, rows=1, planes=True), 8, (6, False)),
+        (Launch(4, 3, rows=1, planes=True), 16, (6, False)),
+    ],
+)
+def test_few_warps_have_more_registers(plan: Launch, max_warps: int, chunk: tuple[int, bool]) -> None:
+    variant = Variant.of(plan, 2, torch.float16, Fused(), 11008, 1)
+    assert (variant.max_threads, variant.chunk, variant.once) == (32 * max_warps, *chunk)
 
 
 def test_a_measured_shape_gets_what_was_fastest_for_it() -> None:
