@@ -20,12 +20,13 @@ STEP = 256
 CHUNKS = (1, 2, 4, 6)
 """Steps of x that a warp may have in registers at once."""
 MOST_CHUNK = 2
-"""Of these by look-up with many warps, where tables wait in registers too."""
+"""Of these by look-up in a kernel for ``MAX_WARPS``, where tables wait in registers too."""
 DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
 FEW_WARPS, MAX_WARPS = 8, 16
+"""Of a block, that a kernel is compiled for."""
 PLANES_MAX_BITS = 4
 """The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
 STATIC_SHARED_BYTES = 4096
@@ -73,7 +74,10 @@ class Launch:
 
     @property
     def max_warps(self) -> int:
-        """What the kernel is compiled for: with few warps a thread may have twice the registers."""
+        """What the kernel is compiled for: with few warps a thread may have twice the registers.
+
+        One row by look-up does without: nothing of it spills with those for ``MAX_WARPS``.
+        """
         few = self.warps <= FEW_WARPS and (self.planes or self.capacity > 1)
         return FEW_WARPS if few else MAX_WARPS
 
@@ -87,8 +91,8 @@ class Launch:
         """Dynamic shared memory of a block: rings of weights, columns of x, partial sums, scales and tables."""
         tiles, steps = _up(_up(out_features, TILE), self.blocks // self.cluster), _up(in_features, STEP)
         ring = self.warps * self.stages * TILE * STEP * bits // 8
-        if not self.planes and self.cluster > 1 and self.capacity > 1:
-            steps = min(steps, _up(steps, self.splits) * (self.splits // self.cluster))
+        if not self.planes and self.cluster > 1 and self.capacity > 1:  # OWN_COLUMNS of nested_lookup.cu
+            steps = _up(steps, self.splits) * (self.splits // self.cluster)
         columns = self.capacity * DIGITS * (steps * STEP + 16)
         partial = _up(tiles, self.cluster) * self.splits * self.capacity * TILE * 4
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0

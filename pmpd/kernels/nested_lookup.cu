@@ -7,7 +7,8 @@ constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
 constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of a row
 constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
-// Whether a block keeps only the columns of x that its warps multiply: of several rows they take most of its memory.
+// Whether a block keeps only the columns of x that its warps multiply: of several rows all of them take most of its memory.
+// launch.py counts on it.
 constexpr bool OWN_COLUMNS = CLUSTER > 1 && ROWS > 1;
 
 __device__ __forceinline__ void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -127,7 +128,7 @@ struct ColumnsOut {
     __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int place, int lane)
         : mine(memory + place * STEP + 8 * lane), pitch(pitch) {}
 
-    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first. Adds their digits up.
+    // Integers (see ROUNDER) of row m, whose place is `ahead` columns after the warp's first. Adds their digits up.
     __device__ __forceinline__ void put(int m, int ahead, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         u32 byte[2][DIGITS];
         #pragma unroll

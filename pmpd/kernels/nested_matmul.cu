@@ -17,7 +17,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     const int steps = (in_features + STEP - 1) / STEP, tiles = (out_features + TILE - 1) / TILE;
     // Of x a block keeps all steps, or those of its own splits, closed up; a warp's are first_place, first_place + hop, ...
     const int first_place = OWN_COLUMNS ? warp % own_splits : split, hop = OWN_COLUMNS ? own_splits : splits;
-    const int kept = OWN_COLUMNS ? min(steps, (steps + splits - 1) / splits * own_splits) : steps, pitch = kept * STEP + 16;
+    const int kept = OWN_COLUMNS ? (steps + splits - 1) / splits * own_splits : steps, pitch = kept * STEP + 16;
     const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     const int first_tile = cluster * tiles / clusters, my_tiles = (cluster + 1) * tiles / clusters - first_tile;
     const int most_tiles = (tiles - 1) / clusters + 1;

@@ -12,7 +12,7 @@ constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
 // Rows of x that a warp multiplies by a tile, as many as its registers have counts for; how many such parts x has.
 constexpr int MOST_ROWS = BITS == 2 ? 4 : BITS == 3 ? 2 : 1, WARP_ROWS = ROWS < MOST_ROWS ? ROWS : MOST_ROWS;
 constexpr int SHARES = ROWS / WARP_ROWS;
-constexpr bool OWN_COLUMNS = false;  // a block has room for all of x
+constexpr bool OWN_COLUMNS = false;  // a block keeps all of x
 constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= 7 ? 2 : 1;  // on a processor: this kernel's and the next one's
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -64,9 +64,9 @@ __device__ __forceinline__ void exchange(u32& a, u32& b, int distance, u32 mask,
     b = pick(theirs >> left, b, replaced);
 }
 
-// Where the planes of this lane's eight columns of each of its warp's steps of x go, `place` the first. A step of a row is what the 32
-// lanes read: of plane g of both digits, words t and 4 + t of the step's eight. A word's bits are in the order of the weight's:
-// column 8 * p + n at bit 4 * n + (0, 2, 1, 3)[p].
+// Where the planes of this lane's eight columns of each of its warp's steps of x go, the first of which is step `place`. A
+// step of a row is what the 32 lanes read: of plane g of both digits, words t and 4 + t of the step's eight. A word's bits are
+// in the order of the weight's: column 8 * p + n at bit 4 * n + (0, 2, 1, 3)[p].
 struct ColumnsOut {
     u8* mine;
     int pitch;
@@ -75,7 +75,8 @@ struct ColumnsOut {
         const int word = lane >> 2, plane = 2 * (lane & 1) + (lane >> 1 & 1);  // and plane + 4
         mine = memory + place * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4;
     }
-    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first. Adds their digits up. All lanes call it.
+    // Integers (see ROUNDER) of row m, whose place is `ahead` columns after the warp's first. Adds their digits up. All lanes
+    // call it.
     __device__ __forceinline__ void put(int m, int ahead, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         const int lane = threadIdx.x & 31;
         u32 word[2][DIGITS];  // [column % 2]; byte k has column 2 * k + .., bit j plane j
