@@ -91,7 +91,7 @@ class Launch:
         """Dynamic shared memory of a block: rings of weights, columns of x, partial sums, scales and tables."""
         tiles, steps = _up(_up(out_features, TILE), self.blocks // self.cluster), _up(in_features, STEP)
         ring = self.warps * self.stages * TILE * STEP * bits // 8
-        if not self.planes and self.cluster > 1 and self.capacity > 1:  # OWN_COLUMNS of nested_lookup.cu
+        if not self.planes and self.cluster > 1 and self.capacity > 1:  # KEPT_STEP of nested_lookup.cu
             steps = _up(steps, self.splits) * (self.splits // self.cluster)
         columns = self.capacity * DIGITS * (steps * STEP + 16)
         partial = _up(tiles, self.cluster) * self.splits * self.capacity * TILE * 4

@@ -90,7 +90,7 @@ __device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const In
                 u32 n[8];
                 #pragma unroll
                 for (int i = 0; i < 8; i++) n[i] = __float_as_uint(fmaf(v[c][i], inverse, ROUNDER));
-                out.put(m, (ahead + c * hop) / (OWN_COLUMNS ? CLUSTER : 1), n, sums);
+                out.put(m, ahead + c * hop, n, sums);
             }
         };
         if (ONCE) {

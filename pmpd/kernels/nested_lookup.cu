@@ -7,9 +7,9 @@ constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
 constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of a row
 constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
-// Whether a block keeps only the columns of x that its warps multiply: of several rows all of them take most of its memory.
-// launch.py counts on it.
-constexpr bool OWN_COLUMNS = CLUSTER > 1 && ROWS > 1;
+// Columns in the memory of x from one step to the next. Of several rows all steps take most of a block's memory, so a block of
+// a cluster keeps those of its own splits alone; launch.py counts on it.
+constexpr int KEPT_STEP = ROWS > 1 ? STEP / CLUSTER : STEP;
 
 __device__ __forceinline__ void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -119,23 +119,22 @@ __device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8*
 }
 __device__ __forceinline__ void prepare_tables(u8*, float2*, int) {}  // they are used as they come
 
-// Where this lane's eight columns of each of its warp's steps of x go, the first of which is step `place` of what the block
-// keeps: a row is DIGITS lines of `pitch` bytes.
+// Where this lane's eight columns of each of its warp's steps of x go: a row is DIGITS lines of `pitch` bytes.
 struct ColumnsOut {
     u8* mine;
     int pitch;
 
-    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int place, int lane)
-        : mine(memory + place * STEP + 8 * lane), pitch(pitch) {}
+    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane)
+        : mine(memory + split * KEPT_STEP + 8 * lane), pitch(pitch) {}
 
-    // Integers (see ROUNDER) of row m, whose place is `ahead` columns after the warp's first. Adds their digits up.
+    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first. Adds their digits up.
     __device__ __forceinline__ void put(int m, int ahead, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         u32 byte[2][DIGITS];
         #pragma unroll
         for (int q = 0; q < 2; q++) four_digits(byte[q], n[4 * q], n[4 * q + 1], n[4 * q + 2], n[4 * q + 3], sums);
         #pragma unroll
         for (int d = 0; d < DIGITS; d++)
-            *reinterpret_cast<uint2*>(mine + (m * DIGITS + d) * pitch + ahead) = make_uint2(byte[0][d], byte[1][d]);
+            *reinterpret_cast<uint2*>(mine + (m * DIGITS + d) * pitch + ahead / (STEP / KEPT_STEP)) = make_uint2(byte[0][d], byte[1][d]);
     }
 };
 
@@ -162,11 +161,10 @@ struct Sums {
         if (REGISTER_TABLE && !GROUPED) load_table(table, memory, g);
     }
 
-    // Adds the step whose weights are at `slot` and whose x is step `place` of what the block keeps; calls slot_is_read once
-    // the weights are in registers.
+    // Adds the step whose weights are at `slot`; calls slot_is_read once they are in registers.
     template <typename F>
-    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int place, int step, int, const Weight& weight,
-                                        int tile, int lane, F&& slot_is_read) {
+    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int step, int, const Weight& weight, int tile,
+                                        int lane, F&& slot_is_read) {
         const int g = lane >> 2;
         #pragma unroll
         for (int u = 0; u < 2; u++) {
@@ -179,7 +177,7 @@ struct Sums {
                 uint4 b[NT];
                 #pragma unroll
                 for (int n = 0; n < NT; n++)
-                    b[n] = *reinterpret_cast<const uint4*>(x.row[n] + place * STEP + u * UNIT + 16 * pair);
+                    b[n] = *reinterpret_cast<const uint4*>(x.row[n] + step * KEPT_STEP + u * UNIT + 16 * pair);
                 #pragma unroll
                 for (int k = 0; k < 2; k++) {
                     Digits r0 = lookup(now, table, memory + g * TABLE_BYTES, 0, 2 * pair + k);

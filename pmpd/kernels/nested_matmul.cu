@@ -15,8 +15,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     const int rank = cluster_rank(), own_splits = splits / CLUSTER;
     const int split = rank * own_splits + warp % own_splits, team = warp / own_splits, teams = warps / own_splits;
     const int steps = (in_features + STEP - 1) / STEP, tiles = (out_features + TILE - 1) / TILE;
-    // Of x a block keeps all steps, or those of its own splits, closed up; a warp's are first_place, first_place + hop, ...
-    const int first_place = OWN_COLUMNS ? warp % own_splits : split, hop = OWN_COLUMNS ? own_splits : splits;
+    constexpr bool OWN_COLUMNS = KEPT_STEP < STEP;
     const int kept = OWN_COLUMNS ? (steps + splits - 1) / splits * own_splits : steps, pitch = kept * STEP + 16;
     const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     const int first_tile = cluster * tiles / clusters, my_tiles = (cluster + 1) * tiles / clusters - first_tile;
@@ -59,7 +58,10 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     for (int i = 0; i < early; i++) load_next();
     const int column = split * STEP + 8 * lane;
     Input input = {x + column, norm_weight + column, rows, in_features, in_features - column};
-    ColumnsOut columns_out(columns, pitch, first_place, lane);
+    // This warp's steps of x are at step_0 + step * KEPT_STEP. Own ones alone are closed up: its first is the block's
+    // (warp % own_splits)th.
+    u8* const step_0 = columns + (OWN_COLUMNS ? warp % own_splits * STEP - split * KEPT_STEP : 0);
+    ColumnsOut columns_out(step_0, pitch, split, lane);
     asm volatile("" : "+l"(input.x), "+r"(input.left), "+l"(columns_out.mine));  // computed now, not after the wait
 #if NORM
     if (team == 0 && lane % 8 == 0)
@@ -91,7 +93,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         }
     }
 
-    const ColumnsIn columns_in(columns, pitch, lane);
+    const ColumnsIn columns_in(step_0, pitch, lane);
     const u8* slot = ring;
     #pragma unroll 1
     for (int item = team; item < my_tiles * SHARES; item += teams) {
@@ -99,10 +101,10 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         const u8* tile_tables = block_tables + tile * TILE * SHARED_TABLE_BYTES;
         Sums sums(tile_tables, lane >> 2);
         #pragma unroll 1
-        for (int step = split, place = first_place; step < steps; step += splits, place += hop) {
+        for (int step = split; step < steps; step += splits) {
             wait_copies<STAGES - 1>();
             __syncwarp();
-            sums.add(slot, columns_in, place, step, first_row, weight, first_tile + tile, lane, [&] {
+            sums.add(slot, columns_in, step, first_row, weight, first_tile + tile, lane, [&] {
                 slot = slot + STEP_BYTES == ring_end ? ring : slot + STEP_BYTES;
                 __syncwarp();
                 load_next();

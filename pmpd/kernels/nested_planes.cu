@@ -12,7 +12,7 @@ constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
 // Rows of x that a warp multiplies by a tile, as many as its registers have counts for; how many such parts x has.
 constexpr int MOST_ROWS = BITS == 2 ? 4 : BITS == 3 ? 2 : 1, WARP_ROWS = ROWS < MOST_ROWS ? ROWS : MOST_ROWS;
 constexpr int SHARES = ROWS / WARP_ROWS;
-constexpr bool OWN_COLUMNS = false;  // a block keeps all of x
+constexpr int KEPT_STEP = STEP;  // columns in the memory of x from one step to the next: a block keeps all of x
 constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= 7 ? 2 : 1;  // on a processor: this kernel's and the next one's
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -64,19 +64,18 @@ __device__ __forceinline__ void exchange(u32& a, u32& b, int distance, u32 mask,
     b = pick(theirs >> left, b, replaced);
 }
 
-// Where the planes of this lane's eight columns of each of its warp's steps of x go, the first of which is step `place`. A
-// step of a row is what the 32 lanes read: of plane g of both digits, words t and 4 + t of the step's eight. A word's bits are
-// in the order of the weight's: column 8 * p + n at bit 4 * n + (0, 2, 1, 3)[p].
+// Where the planes of this lane's eight columns of each of its warp's steps of x go. A step of a row is what the 32 lanes
+// read: of plane g of both digits, words t and 4 + t of the step's eight. A word's bits are in the order of the weight's:
+// column 8 * p + n at bit 4 * n + (0, 2, 1, 3)[p].
 struct ColumnsOut {
     u8* mine;
     int pitch;
 
-    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int place, int lane) : pitch(pitch) {
+    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane) : pitch(pitch) {
         const int word = lane >> 2, plane = 2 * (lane & 1) + (lane >> 1 & 1);  // and plane + 4
-        mine = memory + place * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4;
+        mine = memory + split * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4;
     }
-    // Integers (see ROUNDER) of row m, whose place is `ahead` columns after the warp's first. Adds their digits up. All lanes
-    // call it.
+    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first. Adds their digits up. All lanes call it.
     __device__ __forceinline__ void put(int m, int ahead, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         const int lane = threadIdx.x & 31;
         u32 word[2][DIGITS];  // [column % 2]; byte k has column 2 * k + .., bit j plane j
@@ -108,11 +107,10 @@ struct Sums {
 
     __device__ __forceinline__ Sums(const u8*, int) {}
 
-    // Adds the step whose weights are at `slot` and whose x is step `place`; calls slot_is_read once the weights are in
-    // registers.
+    // Adds the step whose weights are at `slot`; calls slot_is_read once they are in registers.
     template <typename F>
-    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int place, int, int first_row, const Weight&, int,
-                                        int lane, F&& slot_is_read) {
+    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int step, int first_row, const Weight&, int, int lane,
+                                        F&& slot_is_read) {
         u32 plane[BITS][4];  // of table index bit i: rows g and g + 8 of both units
         #pragma unroll
         for (int u = 0; u < 2; u++) {
@@ -128,7 +126,7 @@ struct Sums {
         uint4 b[WARP_ROWS];
         #pragma unroll
         for (int m = 0; m < WARP_ROWS; m++)
-            b[m] = *reinterpret_cast<const uint4*>(x.mine + (first_row + m) * DIGITS * x.pitch + place * STEP * DIGITS);
+            b[m] = *reinterpret_cast<const uint4*>(x.mine + (first_row + m) * DIGITS * x.pitch + step * STEP * DIGITS);
         #pragma unroll
         for (int set = 1; set < SETS; set++) {
             u32 product[4];
