@@ -22,22 +22,28 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("launches")
 
 
+@pytest.fixture
+def chains(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("launch_chains")
+
+
 @pytest.mark.parametrize("name", ["lookup-1", "planes-1", "planes-2"])
-def test_a_descent_finds_the_best_of_separate_choices_and_times_none_twice(launches: ModuleType, name: str) -> None:
-    (method,) = (m for m in launches.methods(2, 1) if m.name == name)
-    choices = launches.axes(2, method, 11008)
-    best = replace(launches.START, **choices[0][-1], **choices[1][3], late=False)
+def test_a_descent_finds_the_best_of_separate_choices_and_times_none_twice(chains: ModuleType, name: str) -> None:
+    (method,) = (m for m in chains.methods(2, 1) if m.name == name)
+    choices = chains.axes(2, method, 11008)
+    best = replace(chains.START, **choices[0][-1], **choices[1][3], late=False)
     timed: list[Launch] = []
 
     def time(plan: Launch) -> float:
         timed.append(plan)
         return distance(plan, best)
 
-    descent = launches.Descent(choices, replace(launches.START, **choices[0][0]))
+    descent = chains.Descent(choices, replace(chains.START, **choices[0][0]))
     for _ in range(3):
         for axis in range(len(choices)):
             descent.step(axis, time)
-    assert descent.times[descent.best] == min(map(time, launches.every(launches.START, choices)))
+    assert descent.times[descent.best] == min(map(time, chains.every(chains.START, choices)))
     assert len(descent.times) == len(set(timed[: len(descent.times)]))
     assert (descent.best.planes, descent.best.cluster) == (method.planes, method.cluster)
 
@@ -82,9 +88,9 @@ def test_a_search_among_launches_of_which_none_fits_finds_none(launches: ModuleT
     assert launches.Search(case, method, GPU).run(lambda plan, replays: 1.0) is None
 
 
-def test_a_chain_is_compiled_for_what_its_descents_try(launches: ModuleType) -> None:
+def test_a_chain_is_compiled_for_what_its_descents_try(chains: ModuleType) -> None:
     shapes = {"qkv": (12288, 4096), "output": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
-    variants = set(launches.chain_variants(SimpleNamespace(shapes=shapes), [2], GPU))
+    variants = set(chains.chain_variants(SimpleNamespace(shapes=shapes), [2], GPU))
     assert {(v.norm, v.gated) for v in variants} == {(True, False), (True, True), (False, False)}
     assert {v.cluster for v in variants} == {1, 2}
-    assert {v.stages for v in variants} <= {stages for stages, _ in launches.QUEUES}
+    assert {v.stages for v in variants} <= {stages for stages, _ in chains.QUEUES}

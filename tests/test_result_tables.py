@@ -92,6 +92,47 @@ def test_the_kernels_page_shows_what_several_rows_cost(microseconds: Callable[..
                 assert cell == f"{statistics.geometric_mean(ratios):.2f}x; {extreme:.2f}x"
 
 
+def test_the_kernels_page_says_how_far_the_targets_were_reached(microseconds: Callable[..., float]) -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    products = sorted(
+        {(row["out_features"], row["in_features"]) for row in rows_of("nested_matmul.csv") if row["bits"]}
+    )
+    copied = next(float(row["median"]) for row in rows_of("nested_matmul.csv") if row["op"] == "copy")
+
+    def over(peer: str, bits: int) -> list[float]:
+        return [microseconds(peer, bits, 1, *p) / microseconds("pmpd", bits, 1, *p) for p in products]
+
+    for name, peer, tail in (
+        ("any-precision", "any-precision", "none slower (least {:.2f}x)"),
+        ("AnyBCQ", "anybcq", "no shape below {:.2f}x"),
+    ):
+        ratios = [over(peer, bits) for bits in (2, 3, 4)]
+        means, least = (f"{statistics.geometric_mean(r):.2f}x" for r in ratios), min(map(min, ratios))
+        [reached] = re.findall(rf"^\| {name}: 1\.\d.* \| (.*) \|$", page, re.MULTILINE)
+        assert reached == f"{', '.join(means)}; {tail.format(least)}"
+    shares = [
+        f"{out_features * 4096 * bits / 8e3 / microseconds('pmpd', bits, 1, out_features, 4096) / copied:.0%}"
+        for bits in (3, 4, 2)
+        for out_features in (22016, 12288)
+    ]
+    [reached] = re.findall(r"^\| 65 % of the ceiling .* \| (.*) \|$", page, re.MULTILINE)
+    assert reached == "{} and {}, {} and {}; {} and {}".format(*shares)
+    rows = {
+        m: [
+            microseconds("pmpd", bits, m, *p) / microseconds("pmpd", bits, 1, *p)
+            for bits in (2, 3, 4)
+            for p in products
+        ]
+        for m in (2, 4, 8)
+    }
+    means = (f"{statistics.geometric_mean(ratios):.2f}x" for ratios in rows.values())
+    above = [sum(ratio > limit for ratio in rows[m]) for m, limit in ((2, 1.2), (4, 1.5), (8, 2.2))]
+    worst = (f"{max(ratios):.2f}x" for ratios in rows.values())
+    [reached] = re.findall(r"^\| M = 2, 4, 8 at most .* \| (.*) \|$", page, re.MULTILINE)
+    assert reached.startswith(f"**in the mean only**: {', '.join(means)}; {above[0]}, {above[1]} and {above[2]} of 36")
+    assert reached.endswith(f"at worst {', '.join(worst)}")
+
+
 @pytest.mark.parametrize("page", DECODED)
 def test_tokens_a_second_are_those_of_the_results(page: str) -> None:
     steps = {
