@@ -19,14 +19,14 @@ STEP = 256
 """Columns that a warp copies at once."""
 CHUNKS = (1, 2, 4, 6)
 """Steps of x that a warp may have in registers at once."""
-MOST_CHUNK = 2
-"""Of these by look-up in a kernel for ``MAX_WARPS``, where tables wait in registers too."""
 DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
-FEW_WARPS, MAX_WARPS = 8, 16
-"""Of a block, that a kernel is compiled for."""
+LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
+"""Warps of a block that a kernel is compiled for, and steps of x that one by look-up has in registers then: of more warps
+a thread may have fewer registers, and tables wait in them too."""
+MAX_WARPS = max(LOOKUP_CHUNKS)
 PLANES_MAX_BITS = 4
 """The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
 STATIC_SHARED_BYTES = 4096
@@ -74,16 +74,17 @@ class Launch:
 
     @property
     def max_warps(self) -> int:
-        """What the kernel is compiled for: with few warps a thread may have twice the registers.
+        """What the kernel is compiled for: with few warps a thread may have more registers.
 
         One row by look-up does without: nothing of it spills with those for ``MAX_WARPS``.
         """
-        few = self.warps <= FEW_WARPS and (self.planes or self.capacity > 1)
-        return FEW_WARPS if few else MAX_WARPS
+        if not self.planes and self.capacity == 1:
+            return MAX_WARPS
+        return next(most for most in LOOKUP_CHUNKS if self.warps <= most)
 
     def chunk(self, in_features: int) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""
-        most = max(CHUNKS) if self.planes or self.max_warps == FEW_WARPS else MOST_CHUNK
+        most = max(CHUNKS) if self.planes else LOOKUP_CHUNKS[self.max_warps]
         own = _up(_up(in_features, STEP), self.splits)
         return next(chunk for chunk in CHUNKS if chunk >= min(own, most)), own <= most
 

@@ -26,17 +26,49 @@ __device__ __forceinline__ void fetch(Raw& raw, const Input& in, int m, int ahea
     #pragma unroll
     for (int c = 0; c < CHUNK; c++) raw.x[c] = load8(row + c * hop, ahead + c * hop < in.left);
 }
-// Inputs as the product sees them, but for the norm's factor, which the end applies. Adds their squares before the norm's
-// weight.
-__device__ __forceinline__ void decode(float (&v)[8], float& squares, const Raw& raw, int c, const Input& in, int ahead) {
-    #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = element(raw.x[c], i);
+// Eight inputs as the product sees them, but for the norm's factor, which the end applies.
+struct Inputs {
 #if NORM
-    uint4 scale = load8(in.norm_weight + ahead, ahead < in.left);
-    #pragma unroll
-    for (int i = 0; i < 8; i++) squares += v[i] * v[i], v[i] *= element(scale, i);
+    float v[8];
+
+    // Adds the squares before the norm's weight.
+    __device__ __forceinline__ void take(const uint4& raw, const Input& in, int ahead, float& squares) {
+        uint4 scale = load8(in.norm_weight + ahead, ahead < in.left);
+        #pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = element(raw, i), squares += v[i] * v[i], v[i] *= element(scale, i);
+    }
+    __device__ __forceinline__ float operator[](int i) const { return v[i]; }
+#else
+    uint4 raw;
+
+    __device__ __forceinline__ void take(const uint4& them, const Input&, int, float&) { raw = them; }
+    __device__ __forceinline__ float operator[](int i) const { return element(raw, i); }
 #endif
-}
+};
+// The largest magnitude of inputs; of a NaN and anything a NaN.
+struct Largest {
+    u32 bits = 0;  // NORM: of a float, and a NaN's are larger than any number's; else of two of x's type
+
+    __device__ __forceinline__ void see(const Inputs& x) {
+#if NORM
+        #pragma unroll
+        for (int i = 0; i < 8; i++) bits = max(bits, __float_as_uint(x[i]) & 0x7fffffffu);
+#else
+        see_two(x.raw.x), see_two(x.raw.y), see_two(x.raw.z), see_two(x.raw.w);
+#endif
+    }
+    __device__ __forceinline__ void see_two(u32 two) {
+#if BFLOAT
+        asm("{ .reg .b32 magnitudes; abs.bf16x2 magnitudes, %1; max.NaN.bf16x2 %0, %0, magnitudes; }" : "+r"(bits) : "r"(two));
+#else
+        asm("{ .reg .b32 magnitudes; abs.f16x2 magnitudes, %1; max.NaN.f16x2 %0, %0, magnitudes; }" : "+r"(bits) : "r"(two));
+#endif
+    }
+    __device__ __forceinline__ float of_warp() const {
+        const u32 mine = NORM ? bits : max(__float_as_uint(to_float(u16(bits))), __float_as_uint(to_float(u16(bits >> 16))));
+        return __uint_as_float(__reduce_max_sync(~0u, mine));
+    }
+};
 __device__ __forceinline__ float warp_sum(float v) {
     #pragma unroll
     for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(~0u, v, d);
@@ -62,16 +94,13 @@ __device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const In
     auto row = [&](int m) {
         Raw raw = next;
         if (ROWS > 1 && m + teams < in.rows) fetch(next, in, m + teams, 0, hop);
-        float v[CHUNK][8], squares = 0, unused = 0;
+        Inputs v[CHUNK];
+        float squares = 0, unused = 0;
         int sums[DIGITS] = {};
-        u32 largest = 0;  // bits of the largest magnitude; a NaN's are larger than any number's
+        Largest largest;
         auto look = [&](int ahead) {
             #pragma unroll
-            for (int c = 0; c < CHUNK; c++) {
-                decode(v[c], squares, raw, c, in, ahead + c * hop);
-                #pragma unroll
-                for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(v[c][i]) & 0x7fffffffu);
-            }
+            for (int c = 0; c < CHUNK; c++) v[c].take(raw.x[c], in, ahead + c * hop, squares), largest.see(v[c]);
         };
         look(0);
         if (!ONCE) {
@@ -81,16 +110,15 @@ __device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const In
                 look(ahead);
             }
         }
-        const float magnitude = __uint_as_float(__reduce_max_sync(~0u, largest));
+        const float magnitude = largest.of_warp();
         const float inverse = magnitude < 1e-30f ? 0.0f : __fdividef(LARGEST_INTEGER, magnitude);
         auto write = [&](int ahead) {
             #pragma unroll
             for (int c = 0; c < CHUNK; c++) {
-                if (ahead + c * hop >= padded) continue;
                 u32 n[8];
                 #pragma unroll
                 for (int i = 0; i < 8; i++) n[i] = __float_as_uint(fmaf(v[c][i], inverse, ROUNDER));
-                out.put(m, ahead + c * hop, n, sums);
+                out.put(m, ahead + c * hop, ahead + c * hop < padded, n, sums);
             }
         };
         if (ONCE) {
@@ -100,7 +128,7 @@ __device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const In
             for (int ahead = 0; ahead < padded; ahead += CHUNK * hop) {
                 fetch(raw, in, m, ahead, hop);
                 #pragma unroll
-                for (int c = 0; c < CHUNK; c++) decode(v[c], unused, raw, c, in, ahead + c * hop);
+                for (int c = 0; c < CHUNK; c++) v[c].take(raw.x[c], in, ahead + c * hop, unused);
                 write(ahead);
             }
         }

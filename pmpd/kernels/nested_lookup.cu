@@ -121,20 +121,20 @@ __device__ __forceinline__ void prepare_tables(u8*, float2*, int) {}  // they ar
 
 // Where this lane's eight columns of each of its warp's steps of x go: a row is DIGITS lines of `pitch` bytes.
 struct ColumnsOut {
-    u8* mine;
+    u32 mine;  // in shared memory
     int pitch;
 
     __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane)
-        : mine(memory + split * KEPT_STEP + 8 * lane), pitch(pitch) {}
+        : mine(shared_address(memory + split * KEPT_STEP + 8 * lane)), pitch(pitch) {}
 
-    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first. Adds their digits up.
-    __device__ __forceinline__ void put(int m, int ahead, const u32 (&n)[8], int (&sums)[DIGITS]) const {
+    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first, if these are there. Adds their digits up.
+    __device__ __forceinline__ void put(int m, int ahead, bool there, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         u32 byte[2][DIGITS];
         #pragma unroll
         for (int q = 0; q < 2; q++) four_digits(byte[q], n[4 * q], n[4 * q + 1], n[4 * q + 2], n[4 * q + 3], sums);
         #pragma unroll
         for (int d = 0; d < DIGITS; d++)
-            *reinterpret_cast<uint2*>(mine + (m * DIGITS + d) * pitch + ahead / (STEP / KEPT_STEP)) = make_uint2(byte[0][d], byte[1][d]);
+            store8(mine + (m * DIGITS + d) * pitch + ahead / (STEP / KEPT_STEP), byte[0][d], byte[1][d], there);
     }
 };
 

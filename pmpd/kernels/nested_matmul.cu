@@ -40,6 +40,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     source.pairs = reinterpret_cast<const u8*>(packed) + size_t(first_tile) * in_features * 4 + lane * 16;
     source.planes = reinterpret_cast<const u8*>(packed) + 2 * source.plane_bytes +
                     size_t(first_tile) * in_features * 2 + lane * 16;
+    asm volatile("" : "+l"(source.pairs), "+l"(source.planes));  // computed once, not at every use
     int load_item = team, load_step = split;
     u32 offset = load_item / SHARES * (in_features * 4) + split * PAIR_BYTES;
     u8* load_slot = ring;
@@ -62,7 +63,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     // (warp % own_splits)th.
     u8* const step_0 = columns + (OWN_COLUMNS ? warp % own_splits * STEP - split * KEPT_STEP : 0);
     ColumnsOut columns_out(step_0, pitch, split, lane);
-    asm volatile("" : "+l"(input.x), "+r"(input.left), "+l"(columns_out.mine));  // computed now, not after the wait
+    asm volatile("" : "+l"(input.x), "+r"(input.left), "+r"(columns_out.mine));  // computed now, not after the wait
 #if NORM
     if (team == 0 && lane % 8 == 0)
         for (int k = split * STEP + 8 * lane; k < in_features; k += splits * STEP)
@@ -118,15 +119,17 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     }
     cluster_sync();
 
-    // Four lanes for an output, each with a quarter of the splits; i counts lanes, always of whole warps.
     constexpr int PARTS = GATED ? 2 : 1, OUTPUTS = TILE / PARTS;  // rows of the weight in an output; outputs of a tile
+    // Of one row there are fewer outputs than threads, so an output gets several lanes, each with its share of the splits; i
+    // counts lanes, then always of whole warps.
+    constexpr int LANES = ROWS == 1 ? 4 : 1;
     #pragma unroll 1
-    for (int i = threadIdx.x; i < (my_tiles - rank + CLUSTER - 1) / CLUSTER * ROWS * OUTPUTS * 4; i += blockDim.x) {
-        const int r = i / 4 % OUTPUTS, m = i / (4 * OUTPUTS) % ROWS, slot = i / (4 * OUTPUTS * ROWS);
+    for (int i = threadIdx.x; i < (my_tiles - rank + CLUSTER - 1) / CLUSTER * ROWS * OUTPUTS * LANES; i += blockDim.x) {
+        const int r = i / LANES % OUTPUTS, m = i / (LANES * OUTPUTS) % ROWS, slot = i / (LANES * OUTPUTS * ROWS);
         const int local = slot * CLUSTER + rank;
         float product[PARTS] = {}, sum = 0, squares = 0, value[PARTS];
-        #pragma unroll 1
-        for (int k = i % 4; k < splits; k += 4) {
+        #pragma unroll LANES > 1 ? 1 : 4
+        for (int k = i % LANES; k < splits; k += LANES) {
             #pragma unroll
             for (int h = 0; h < PARTS; h++)
                 product[h] += partial[((slot * splits + k) * ROWS + m) * TILE + r + OUTPUTS * h];
@@ -139,13 +142,13 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
             value[h] = scale.x * product[h] + scale.y * sum;
         }
         #pragma unroll
-        for (int d = 1; d < 4; d *= 2) {
+        for (int d = 1; d < LANES; d *= 2) {
             #pragma unroll
             for (int h = 0; h < PARTS; h++) value[h] += __shfl_xor_sync(~0u, value[h], d);
             if (NORM) squares += __shfl_xor_sync(~0u, squares, d);
         }
         const int row = (first_tile + local) * TILE + r;
-        if (i % 4 || m >= rows || row >= out_features) continue;
+        if (i % LANES || m >= rows || row >= out_features) continue;
         #pragma unroll
         for (int h = 0; h < PARTS; h++) {
             if (NORM) value[h] *= rsqrtf(squares / in_features + norm_eps);

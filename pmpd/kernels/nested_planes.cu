@@ -54,43 +54,54 @@ __device__ __forceinline__ void prepare_tables(u8* tables, float2* scales, int r
     }
 }
 
-// Half of what the lane and the lane `distance` from it have changes places: bits of a and b outside `mask`, which are
-// `distance` apart in the words, against those inside.
-__device__ __forceinline__ void exchange(u32& a, u32& b, int distance, u32 mask, bool upper) {
-    const int left = upper ? distance : 0, right = upper ? 0 : distance;
-    const u32 theirs = __shfl_xor_sync(~0u, pick(b << left, a >> right, mask), distance == 2 ? 1 : 2);
-    const u32 replaced = upper ? ~mask : mask;
-    a = pick(theirs << right, a, replaced);
-    b = pick(theirs >> left, b, replaced);
-}
+// How a lane and another one change places of half of what they have: bits of words a and b outside MASK, which are DISTANCE
+// apart in the words, against those inside.
+template <int OTHER, int DISTANCE, u32 MASK>
+struct Exchange {
+    int left, right;
+    u32 replaced;
+
+    __device__ __forceinline__ Exchange(int lane) {
+        const bool upper = lane & OTHER;
+        left = upper ? DISTANCE : 0, right = upper ? 0 : DISTANCE, replaced = upper ? ~MASK : MASK;
+        asm volatile("" : "+r"(left), "+r"(right), "+r"(replaced));  // once, not at every use
+    }
+    __device__ __forceinline__ void operator()(u32& a, u32& b) const {
+        const u32 theirs = __shfl_xor_sync(~0u, pick(b << left, a >> right, MASK), OTHER);
+        a = pick(theirs << right, a, replaced);
+        b = pick(theirs >> left, b, replaced);
+    }
+};
 
 // Where the planes of this lane's eight columns of each of its warp's steps of x go. A step of a row is what the 32 lanes
 // read: of plane g of both digits, words t and 4 + t of the step's eight. A word's bits are in the order of the weight's:
 // column 8 * p + n at bit 4 * n + (0, 2, 1, 3)[p].
 struct ColumnsOut {
-    u8* mine;
+    u32 mine;  // in shared memory
     int pitch;
+    Exchange<1, 2, 0xccccccccu> neighbours;
+    Exchange<2, 1, 0xaaaaaaaau> pairs;
 
-    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane) : pitch(pitch) {
+    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane) : pitch(pitch), neighbours(lane), pairs(lane) {
         const int word = lane >> 2, plane = 2 * (lane & 1) + (lane >> 1 & 1);  // and plane + 4
-        mine = memory + split * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4;
+        mine = shared_address(memory + split * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4);
     }
-    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first. Adds their digits up. All lanes call it.
-    __device__ __forceinline__ void put(int m, int ahead, const u32 (&n)[8], int (&sums)[DIGITS]) const {
-        const int lane = threadIdx.x & 31;
+    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first, if these are there. Adds their digits up. All
+    // lanes call it.
+    __device__ __forceinline__ void put(int m, int ahead, bool there, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         u32 word[2][DIGITS];  // [column % 2]; byte k has column 2 * k + .., bit j plane j
         #pragma unroll
         for (int q = 0; q < 2; q++) four_digits(word[q], n[q], n[q + 2], n[q + 4], n[q + 6], sums);
         // Bits of a word are [column / 2][plane]; the quad's lanes are the parts p.
         #pragma unroll
-        for (int q = 0; q < 2; q++) exchange(word[q][0], word[q][1], 2, 0xccccccccu, lane & 1);
+        for (int q = 0; q < 2; q++) neighbours(word[q][0], word[q][1]);
         #pragma unroll
-        for (int q = 0; q < 2; q++) exchange(word[q][0], word[q][1], 1, 0xaaaaaaaau, lane & 2);
-        u8* to = mine + m * DIGITS * pitch + ahead * DIGITS;
+        for (int q = 0; q < 2; q++) pairs(word[q][0], word[q][1]);
+        const u32 to = mine + m * DIGITS * pitch + ahead * DIGITS;
         #pragma unroll
         for (int d = 0; d < DIGITS; d++) {  // planes 4 apart against columns 1 apart
-            *reinterpret_cast<u32*>(to + 8 * d) = pick(word[1][d] << 4, word[0][d], 0xf0f0f0f0u);
-            *reinterpret_cast<u32*>(to + 8 * d + 4 * 4 * 16) = pick(word[1][d], word[0][d] >> 4, 0xf0f0f0f0u);
+            store4(to + 8 * d, pick(word[1][d] << 4, word[0][d], 0xf0f0f0f0u), there);
+            store4(to + 8 * d + 4 * 4 * 16, pick(word[1][d], word[0][d] >> 4, 0xf0f0f0f0u), there);
         }
     }
 };

@@ -40,6 +40,15 @@ __device__ __forceinline__ u32 pick_inverted(u32 a, u32 b, u32 mask) {  // the s
     return d;
 }
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+// Into shared memory, if there.
+__device__ __forceinline__ void store4(u32 to, u32 v, bool there) {
+    asm volatile("{ .reg .pred there; setp.ne.s32 there, %2, 0; @there st.shared.u32 [%0], %1; }"
+                 ::"r"(to), "r"(v), "r"(int(there)) : "memory");
+}
+__device__ __forceinline__ void store8(u32 to, u32 v0, u32 v1, bool there) {
+    asm volatile("{ .reg .pred there; setp.ne.s32 there, %3, 0; @there st.shared.v2.u32 [%0], {%1, %2}; }"
+                 ::"r"(to), "r"(v0), "r"(v1), "r"(int(there)) : "memory");
+}
 __device__ __forceinline__ void copy16(void* to, const void* from) {  // asynchronous, past L1
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }

@@ -43,7 +43,8 @@ LAUNCHES = [
         (1, 1, 1, 1, True, False),
         (2, 3, 2, 1, False, False),
         (5, 1, 8, 4, True, True),
-        (4, 3, 2, 2, True, False),  # more than FEW_WARPS
+        (4, 3, 2, 2, True, False),  # more than 8 warps
+        (3, 5, 2, 1, False, False),  # more than 12
     )
     for planes in (False, True)
     for cluster in (1, 2)

@@ -65,10 +65,12 @@ def test_of_several_rows_by_look_up_a_block_of_a_cluster_has_memory_for_its_own_
         (Launch(4, 2, rows=2), 8, (6, False)),
         (Launch(8, 1, rows=2), 8, (6, True)),
         (Launch(16, 1, rows=2, cluster=2), 8, (4, True)),
-        (Launch(4, 3, rows=2), 16, (2, False)),
+        (Launch(4, 3, rows=2), 12, (4, False)),
+        (Launch(5, 3, rows=2), 16, (2, False)),
         (Launch(4, 2, rows=1), 16, (2, False)),
         (Launch(4, 2, rows=1, planes=True), 8, (6, False)),
-        (Launch(4, 3, rows=1, planes=True), 16, (6, False)),
+        (Launch(3, 3, rows=1, planes=True), 12, (6, False)),
+        (Launch(13, 1, rows=1, planes=True), 16, (4, True)),
     ],
 )
 def test_few_warps_have_more_registers(plan: Launch, max_warps: int, chunk: tuple[int, bool]) -> None:
