@@ -111,6 +111,12 @@ class Table:
             with path.open(encoding="utf-8") as file:
                 self.rows = {_key(row): row for row in csv.DictReader(file)}
 
+    def known(self, case: Case, method: Method) -> Launch | None:
+        """The launch of a product by itself."""
+        sizes = (case.bits, case.m, case.out_features, case.in_features)
+        row = self.rows.get((0, *sizes, int(method.planes), method.cluster))
+        return launch.parse(row).launch if row else None
+
     def forget_chain(self, bits: int, shapes: Collection[tuple[int, int]]) -> None:
         """Launches that did well beside others than those that come now."""
         gone = {(1, bits, 1, *shape) for shape in shapes}

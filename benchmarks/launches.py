@@ -5,9 +5,10 @@
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
 For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work among
-warps are tried with a few depths of the queue of weights, then the best of them with all depths; the fastest of all are
-timed again, longer. (A descent, one choice at a time, ends up to a fifth above that: the best queue of one division is
-not another's.) Products are timed as in nested_matmul.py; launch_chains.py has how it is done in a chain.
+warps are tried with a few depths of the queue of weights, then the best of them, and the one that the table has, with all
+depths; the fastest of all are timed again, longer. (A descent, one choice at a time, ends up to a fifth above that: the
+best queue of one division is not another's.) Products are timed as in nested_matmul.py; launch_chains.py has how it is
+done in a chain.
 """
 
 from __future__ import annotations
@@ -72,12 +73,14 @@ class Search:
     """For the launch of one product by one method.
 
     Attributes:
+        known: the launch so far, which is among those tried: with few depths of the queue its division may look slow.
         times: microseconds, of the launches tried so far.
     """
 
     case: Case
     method: Method
     gpu: product.Gpu
+    known: Launch | None = None
     times: dict[Launch, float] = field(default_factory=dict)
 
     @property
@@ -90,6 +93,10 @@ class Search:
         wanted = every(START, [divided, queues(pairs), late, [{"alone": alone} for alone in alone]])
         return {plan for plan in wanted if self._fits(plan)}
 
+    @property
+    def _known(self) -> set[Launch]:
+        return {plan for plan in [self.known] if plan and self._fits(plan)}
+
     def _fits(self, plan: Launch) -> bool:
         try:
             fitted = fit(plan, self.case, self.gpu)
@@ -100,10 +107,10 @@ class Search:
     def run(self, time: Callable[[Launch, int], float]) -> Launch | None:
         """The fastest launch, by ``time(launch, replays)``; None if this GPU has the memory for none."""
         self._try(self.plans(self.divisions, FEW_QUEUES, [False]), time)
-        best = {(plan.splits, plan.teams) for plan in self._fastest()}
+        best = {(plan.splits, plan.teams) for plan in [*self._fastest(), *self._known]}
         chosen = [division for division in self.divisions if (division["splits"], division["teams"]) in best]
         small = self.case.out_features <= launch.TILE * self.gpu.processors
-        self._try(self.plans(chosen, QUEUES, [False, True] if small else [False]), time)
+        self._try(self.plans(chosen, QUEUES, [False, True] if small else [False]) | self._known, time)
         again = {plan: statistics.median(time(plan, REPLAYS) for _ in range(3)) for plan in self._fastest()}
         self.times |= again
         return min(again, key=again.__getitem__, default=None)
@@ -117,7 +124,7 @@ class Search:
 
     def variants(self) -> set[product.Variant]:
         """Programs that it may need."""
-        plans = self.plans(self.divisions, QUEUES, [False])
+        plans = self.plans(self.divisions, QUEUES, [False]) | self._known
         return {variant(fit(plan, self.case, self.gpu), self.case) for plan in plans}
 
 
@@ -131,7 +138,9 @@ def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wa
     cases = [Case(b, m, *sizes) for b in bits for m in rows for sizes in shapes]
     searches = {
         case: [
-            Search(case, method, gpu) for method in methods(case.bits, case.m) if not wanted or method.name in wanted
+            Search(case, method, gpu, table.known(case, method))
+            for method in methods(case.bits, case.m)
+            if not wanted or method.name in wanted
         ]
         for case in cases
     }

@@ -83,6 +83,31 @@ def test_a_search_finds_the_fastest_launch_that_fits_and_compiles_for_all_that_i
     assert {launches.variant(plan, case) for plan in fitted} <= search.variants()
 
 
+def test_a_search_takes_the_launch_that_the_table_has_unless_another_is_faster(
+    launches: ModuleType, tmp_path: Path
+) -> None:
+    case, method = launches.Case(2, 1, 4096, 11008), launches.Method(True, 1)
+    table = launches.Table(tmp_path / "launches.csv", {"gpu": "", "versions": "", "commit": ""})
+    assert table.known(case, method) is None
+    known = replace(launches.START, planes=True, splits=8, teams=1, stages=8, early=4)
+    table.add(case, known, 5.0, GPU.processors)
+    table = launches.Table(tmp_path / "launches.csv", {})
+    assert table.known(case, method) == known
+    assert table.known(replace(case, m=2), method) is None
+    search = launches.Search(case, method, GPU, known)
+
+    def slow_with_few_stages(plan: Launch, _: int) -> float:
+        return 1.0 if (plan.splits, plan.teams, plan.stages) == (8, 1, 8) else 2.0 + plan.splits / 100
+
+    found = search.run(slow_with_few_stages)
+    assert found is not None
+    assert (found.splits, found.teams, found.stages) == (8, 1, 8)
+    assert launches.Search(case, method, GPU).run(slow_with_few_stages) != found
+    faster = launches.Search(case, method, GPU, known).run(lambda plan, _: float(plan.splits))
+    assert faster is not None
+    assert faster.splits == 1
+
+
 def test_a_search_among_launches_of_which_none_fits_finds_none(launches: ModuleType) -> None:
     case, method = launches.Case(2, 8, 4096, 28672), launches.Method(False, 1)
     assert launches.Search(case, method, GPU).run(lambda plan, replays: 1.0) is None

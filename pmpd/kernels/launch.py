@@ -24,8 +24,10 @@ DIGITS = 2
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
 LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
-"""Warps of a block that a kernel is compiled for, and steps of x that one by look-up has in registers then: of more warps
-a thread may have fewer registers, and tables wait in them too."""
+"""Warps of a block that a kernel is compiled for, and steps of x that one by look-up has in registers then.
+
+With more warps a thread has fewer registers, and tables wait in them too.
+"""
 MAX_WARPS = max(LOOKUP_CHUNKS)
 PLANES_MAX_BITS = 4
 """The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
