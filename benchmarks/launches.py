@@ -5,10 +5,10 @@
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
 For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work among
-warps are tried with a few depths of the queue of weights, then the best of them, and the one that the table has, with all
-depths; the fastest of all are timed again, longer. (A descent, one choice at a time, ends up to a fifth above that: the
-best queue of one division is not another's.) Products are timed as in nested_matmul.py; launch_chains.py has how it is
-done in a chain.
+warps are tried with a few depths of the queue of weights, then the best of them, and the one that the table has, with
+all depths; the fastest of all are timed again, longer. (A descent, one choice at a time, ends up to a fifth above that:
+the best queue of one division is not another's.) Products are timed as in nested_matmul.py; launch_chains.py has how it
+is done in a chain.
 """
 
 from __future__ import annotations
