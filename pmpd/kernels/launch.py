@@ -23,12 +23,11 @@ DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
-LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
-"""Warps of a block that a kernel is compiled for, and steps of x that one by look-up has in registers then.
-
-With more warps a thread has fewer registers, and tables wait in them too.
-"""
-MAX_WARPS = max(LOOKUP_CHUNKS)
+KERNEL_WARPS = (8, 12, 16)
+"""Of a block, that a kernel is compiled for: with more warps a thread has fewer registers."""
+MAX_WARPS = max(KERNEL_WARPS)
+LOOKUP_CHUNKS = dict(zip(KERNEL_WARPS, (6, 4, 2), strict=True))
+"""Steps of x that a warp has in registers then, by look-up, where tables wait in them too."""
 PLANES_MAX_BITS = 4
 """The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
 STATIC_SHARED_BYTES = 4096
@@ -78,11 +77,11 @@ class Launch:
     def max_warps(self) -> int:
         """What the kernel is compiled for: with few warps a thread may have more registers.
 
-        One row by look-up does without: nothing of it spills with those for ``MAX_WARPS``.
+        One row by look-up does without: unless tables are of groups, nothing of it spills with those for ``MAX_WARPS``.
         """
         if not self.planes and self.capacity == 1:
             return MAX_WARPS
-        return next(most for most in LOOKUP_CHUNKS if self.warps <= most)
+        return next((most for most in KERNEL_WARPS if self.warps <= most), MAX_WARPS)
 
     def chunk(self, in_features: int) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""

@@ -47,7 +47,7 @@ struct Inputs {
 };
 // The largest magnitude of inputs; of a NaN and anything a NaN.
 struct Largest {
-    u32 bits = 0;  // NORM: of a float, and a NaN's are larger than any number's; else of two of x's type
+    u32 bits = 0;  // of a float if NORM (a NaN's are larger than any number's), else of two values of x's type
 
     __device__ __forceinline__ void see(const Inputs& x) {
 #if NORM

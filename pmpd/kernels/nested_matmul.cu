@@ -120,8 +120,8 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     cluster_sync();
 
     constexpr int PARTS = GATED ? 2 : 1, OUTPUTS = TILE / PARTS;  // rows of the weight in an output; outputs of a tile
-    // Of one row there are fewer outputs than threads, so an output gets several lanes, each with its share of the splits; i
-    // counts lanes, then always of whole warps.
+    // Of one row there are mostly fewer outputs than threads, so an output gets several lanes, each with its share of the
+    // splits; i counts lanes, then always of whole warps.
     constexpr int LANES = ROWS == 1 ? 4 : 1;
     #pragma unroll 1
     for (int i = threadIdx.x; i < (my_tiles - rank + CLUSTER - 1) / CLUSTER * ROWS * OUTPUTS * LANES; i += blockDim.x) {

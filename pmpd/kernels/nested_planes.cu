@@ -80,9 +80,9 @@ struct ColumnsOut {
     u32 mine;  // in shared memory
     int pitch;
     Exchange<1, 2, 0xccccccccu> neighbours;
-    Exchange<2, 1, 0xaaaaaaaau> pairs;
+    Exchange<2, 1, 0xaaaaaaaau> next_but_one;
 
-    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane) : pitch(pitch), neighbours(lane), pairs(lane) {
+    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane) : pitch(pitch), neighbours(lane), next_but_one(lane) {
         const int word = lane >> 2, plane = 2 * (lane & 1) + (lane >> 1 & 1);  // and plane + 4
         mine = shared_address(memory + split * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4);
     }
@@ -96,7 +96,7 @@ struct ColumnsOut {
         #pragma unroll
         for (int q = 0; q < 2; q++) neighbours(word[q][0], word[q][1]);
         #pragma unroll
-        for (int q = 0; q < 2; q++) pairs(word[q][0], word[q][1]);
+        for (int q = 0; q < 2; q++) next_but_one(word[q][0], word[q][1]);
         const u32 to = mine + m * DIGITS * pitch + ahead * DIGITS;
         #pragma unroll
         for (int d = 0; d < DIGITS; d++) {  // planes 4 apart against columns 1 apart

@@ -52,6 +52,13 @@ LAUNCHES = [
 """``splits`` of each block of a cluster."""
 
 
+def whole(plan: Launch, in_features: int) -> Launch:
+    """With the ``splits`` of all blocks of a cluster, no more than there are steps."""
+    if plan.cluster > 1 and not product.describe(0).clusters:
+        pytest.skip("clusters need compute capability 9.0")
+    return within(replace(plan, splits=plan.splits * plan.cluster), -(-in_features // STEP))
+
+
 @pytest.mark.parametrize("plan", LAUNCHES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 class TestLaunches:
@@ -59,15 +66,10 @@ class TestLaunches:
 
     pytestmark = on_gpu
 
-    def plan(self, plan: Launch, in_features: int) -> Launch:
-        if plan.cluster > 1 and not product.describe(0).clusters:
-            pytest.skip("clusters need compute capability 9.0")
-        return within(replace(plan, splits=plan.splits * plan.cluster), -(-in_features // STEP))
-
     @pytest.mark.parametrize("bits", [2, 3, 4])
     @pytest.mark.parametrize(("out_features", "in_features"), [(48, 256), (50, 1056), (2200, 2816), (4432, 5120)])
     def test_products(self, plan: Launch, dtype: torch.dtype, bits: int, out_features: int, in_features: int) -> None:
-        case, plan = Case(out_features, in_features, dtype=dtype), self.plan(plan, in_features)
+        case, plan = Case(out_features, in_features, dtype=dtype), whole(plan, in_features)
         for rows in (1, 2, 3, 8):
             x, out = case.x(rows, in_features), torch.full((rows, out_features), torch.nan, device="cuda", dtype=dtype)
             done = product.multiply(x, Operand.of(case.weight, bits), Fused(), out, plan)
@@ -75,27 +77,48 @@ class TestLaunches:
 
     @pytest.mark.parametrize("rows", [1, 2, 8])
     @pytest.mark.parametrize("bits", [2, 3, 4])
-    def test_norm_gate_and_residual(self, plan: Launch, dtype: torch.dtype, bits: int, rows: int) -> None:
-        case, plan = Case(4144, 1056, dtype=dtype), self.plan(plan, 1056)
-        x, residual, norm_weight = case.x(rows, 1056) / 64, case.x(rows, 2072, seed=4), case.x(1056, seed=6)
+    @pytest.mark.parametrize("in_features", [1056, 2848])
+    def test_norm_gate_and_residual(
+        self, plan: Launch, dtype: torch.dtype, in_features: int, bits: int, rows: int
+    ) -> None:
+        case, plan = Case(4144, in_features, dtype=dtype), whole(plan, in_features)
+        x, residual, norm_weight = (
+            case.x(rows, in_features) / 64,
+            case.x(rows, 2072, seed=4),
+            case.x(in_features, seed=6),
+        )
         out = torch.empty_like(residual)
         fused = Fused(norm_weight, 1e-2, True, residual)
         done = product.multiply(x, Operand.of(case.weight, bits), fused, out, plan)
-        normed = functional.rms_norm(x.double(), (1056,), norm_weight.double(), 1e-2)
+        normed = functional.rms_norm(x.double(), (in_features,), norm_weight.double(), 1e-2)
         both = (normed @ case.exact(bits).T).unflatten(1, (-1, 2, 8))
         expected = (functional.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1) + residual.double()
         assert (out.double() - expected)[:done].norm() / expected[:done].norm() < 2 * TOLERANCE[dtype]
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("column", [700, 1055])
     def test_a_row_that_is_not_finite_has_no_finite_output(
-        self, plan: Launch, dtype: torch.dtype, value: float
+        self, plan: Launch, dtype: torch.dtype, column: int, value: float
     ) -> None:
-        case, plan = Case(80, 1056, dtype=dtype), self.plan(plan, 1056)
+        case, plan = Case(80, 1056, dtype=dtype), whole(plan, 1056)
         x, out = case.x(2, 1056), torch.zeros(2, 80, device="cuda", dtype=dtype)
-        x[1, 700] = value
+        x[1, column] = value
         assert product.multiply(x, Operand.of(case.weight, 2), Fused(), out, plan) == 2
         assert not out[1].isfinite().any()
         case.check(out[:1], x[:1], 2)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in LAUNCHES if not plan.planes], ids=str)
+@pytest.mark.parametrize("bits", [5, 6, 8])
+class TestBitsThatAreOnlyLookedUp:
+    pytestmark = on_gpu
+
+    def test_products(self, plan: Launch, bits: int) -> None:
+        case, plan = Case(2200, 2816), whole(plan, 2816)
+        for rows in (1, 2, 3, 8):
+            x, out = case.x(rows, 2816), torch.full((rows, 2200), torch.nan, device="cuda", dtype=torch.float16)
+            done = product.multiply(x, Operand.of(case.weight, bits), Fused(), out, plan)
+            case.check(out[:done], x[:done], bits)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 96])

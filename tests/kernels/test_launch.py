@@ -71,6 +71,7 @@ def test_of_several_rows_by_look_up_a_block_of_a_cluster_has_memory_for_its_own_
         (Launch(4, 2, rows=1, planes=True), 8, (6, False)),
         (Launch(3, 3, rows=1, planes=True), 12, (6, False)),
         (Launch(13, 1, rows=1, planes=True), 16, (4, True)),
+        (Launch(17, 1, rows=2), 16, (2, False)),
     ],
 )
 def test_few_warps_have_more_registers(plan: Launch, max_warps: int, chunk: tuple[int, bool]) -> None:
