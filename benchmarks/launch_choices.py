@@ -26,9 +26,9 @@ COLUMNS = [
     *("chain", "bits", "m", "out_features", "in_features", "processors", "planes", "cluster"),
     *("splits", "teams", "stages", "early", "late", "alone", "median", "gpu", "versions", "commit"),
 ]
-QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2), (6, 2), (8, 4)]
+QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2), (6, 2), (6, 4), (8, 4), (8, 6)]
 """Stages, and of these early."""
-START = Launch(4, 2, 3, 2, True)
+START = Launch(4, 2, 3, 2)
 """Which choices change."""
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/launches.py                              all of it
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
+    python benchmarks/launches.py --same-divisions             keeps how the work is divided, in a fifth of the time
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
 For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work among
@@ -53,6 +54,9 @@ FEW_QUEUES = [(1, 1), (2, 2), (3, 3), (4, 2)]
 """Of these what every division of the work is tried with."""
 FINALISTS = 8
 """Fastest launches, whose divisions of the work are tried further, and which are timed again."""
+FEW_TIMES = (1, 0)
+ALL_TIMES = (1, 0, 2)
+"""When the next kernel may come (``late``), with these and in the end."""
 FEW_REPLAYS = 4
 """For the time of a launch that may become one of them."""
 
@@ -74,6 +78,7 @@ class Search:
 
     Attributes:
         known: the launch so far, which is among those tried: with few depths of the queue its division may look slow.
+        same_division: whether no division but that of ``known`` is tried.
         times: microseconds, of the launches tried so far.
     """
 
@@ -81,16 +86,23 @@ class Search:
     method: Method
     gpu: product.Gpu
     known: Launch | None = None
+    same_division: bool = False
     times: dict[Launch, float] = field(default_factory=dict)
 
     @property
     def divisions(self) -> Changes:
-        return divisions(self.method, self.case.in_features)
+        known = {(plan.splits, plan.teams) for plan in self._known}
+        found = divisions(self.method, self.case.in_features)
+        if not self.same_division:
+            return found
+        return [division for division in found if (division["splits"], division["teams"]) in known]
 
-    def plans(self, divided: Changes, pairs: Sequence[tuple[int, int]], alone: Sequence[bool]) -> set[Launch]:
+    def plans(
+        self, divided: Changes, pairs: Sequence[tuple[int, int]], late: Sequence[int], alone: Sequence[bool]
+    ) -> set[Launch]:
         """Launches that this GPU has the memory for as they are, if perhaps with more blocks."""
-        late = [{"late": late} for late in (True, False)]
-        wanted = every(START, [divided, queues(pairs), late, [{"alone": alone} for alone in alone]])
+        more = [[{name: value} for value in values] for name, values in (("late", late), ("alone", alone))]
+        wanted = every(START, [divided, queues(pairs), *more])
         return {plan for plan in wanted if self._fits(plan)}
 
     @property
@@ -106,11 +118,12 @@ class Search:
 
     def run(self, time: Callable[[Launch, int], float]) -> Launch | None:
         """The fastest launch, by ``time(launch, replays)``; None if this GPU has the memory for none."""
-        self._try(self.plans(self.divisions, FEW_QUEUES, [False]), time)
+        if not self.same_division:
+            self._try(self.plans(self.divisions, FEW_QUEUES, FEW_TIMES, [False]), time)
         best = {(plan.splits, plan.teams) for plan in [*self._fastest(), *self._known]}
         chosen = [division for division in self.divisions if (division["splits"], division["teams"]) in best]
         small = self.case.out_features <= launch.TILE * self.gpu.processors
-        self._try(self.plans(chosen, QUEUES, [False, True] if small else [False]) | self._known, time)
+        self._try(self.plans(chosen, QUEUES, ALL_TIMES, [False, True] if small else [False]) | self._known, time)
         again = {plan: statistics.median(time(plan, REPLAYS) for _ in range(3)) for plan in self._fastest()}
         self.times |= again
         return min(again, key=again.__getitem__, default=None)
@@ -124,7 +137,7 @@ class Search:
 
     def variants(self) -> set[product.Variant]:
         """Programs that it may need."""
-        plans = self.plans(self.divisions, QUEUES, [False]) | self._known
+        plans = self.plans(self.divisions, QUEUES, ALL_TIMES, [False]) | self._known
         return {variant(fit(plan, self.case, self.gpu), self.case) for plan in plans}
 
 
@@ -132,13 +145,21 @@ def variant(plan: Launch, case: Case) -> product.Variant:
     return product.Variant.of(plan, case.bits, torch.float16, product.Fused(), case.in_features, 1)
 
 
-def products(bits: list[int], rows: list[int], shapes: list[tuple[int, int]], wanted: list[str], table: Table) -> None:
+def products(
+    bits: list[int],
+    rows: list[int],
+    shapes: list[tuple[int, int]],
+    wanted: list[str],
+    table: Table,
+    *,
+    same_divisions: bool = False,
+) -> None:
     """A row for each product and method, where a launch fits."""
     gpu = product.describe(torch.cuda.current_device())
     cases = [Case(b, m, *sizes) for b in bits for m in rows for sizes in shapes]
     searches = {
         case: [
-            Search(case, method, gpu, table.known(case, method))
+            Search(case, method, gpu, table.known(case, method), same_divisions)
             for method in methods(case.bits, case.m)
             if not wanted or method.name in wanted
         ]
@@ -177,6 +198,7 @@ def main() -> None:
         default=[],
         help="as planes-2: bit planes, clusters of two; default: all",
     )
+    parser.add_argument("--same-divisions", action="store_true", help="of what the file has; more queues")
     parser.add_argument("--chain", action="store_true")
     parser.add_argument("--models", nargs="+", default=["vicuna7b", "mobilellama"])
     parser.add_argument("--commit", help="what to record, where there is no repository")
@@ -194,7 +216,7 @@ def main() -> None:
     if args.chain:
         chains(args.bits, args.models, table)
     else:
-        products(args.bits, args.rows, args.shapes, args.methods, table)
+        products(args.bits, args.rows, args.shapes, args.methods, table, same_divisions=args.same_divisions)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def chains(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_descent_finds_the_best_of_separate_choices_and_times_none_twice(chains: ModuleType, name: str) -> None:
     (method,) = (m for m in chains.methods(2, 1) if m.name == name)
     choices = chains.axes(2, method, 11008)
-    best = replace(chains.START, **choices[0][-1], **choices[1][3], late=False)
+    best = replace(chains.START, **choices[0][-1], **choices[1][3], late=2)
     timed: list[Launch] = []
 
     def time(plan: Launch) -> float:
@@ -64,7 +64,7 @@ def test_a_search_finds_the_fastest_launch_that_fits_and_compiles_for_all_that_i
     search = launches.Search(case, method, GPU)
     small = shape[0] <= 16 * GPU.processors
     rare = [queue for queue in launches.QUEUES if queue not in launches.FEW_QUEUES]
-    possible = sorted(search.plans(search.divisions, rare, [small]), key=repr)
+    possible = sorted(search.plans(search.divisions, rare, [2], [small]), key=repr)
     best = possible[len(possible) // 3]
     quick: list[Launch] = []
 
@@ -103,6 +103,10 @@ def test_a_search_takes_the_launch_that_the_table_has_unless_another_is_faster(
     assert found is not None
     assert (found.splits, found.teams, found.stages) == (8, 1, 8)
     assert launches.Search(case, method, GPU).run(slow_with_few_stages) != found
+    quick = launches.Search(case, method, GPU, known, same_division=True)
+    assert quick.run(slow_with_few_stages) == found
+    assert {(plan.splits, plan.teams) for plan in quick.times} == {(8, 1)}
+    assert {plan.late for plan in quick.times} == {0, 1, 2}
     faster = launches.Search(case, method, GPU, known).run(lambda plan, _: float(plan.splits))
     assert faster is not None
     assert faster.splits == 1

@@ -43,11 +43,10 @@ class Launch:
     teams: groups of ``splits`` warps, each with its own tiles; they also share the rows of x.
     stages: steps of weights that a warp has under way.
     early: of these, steps asked for before earlier kernels have ended.
-    late: let the next kernel come only once x is here.
+    late: when the next kernel may come: 0 at once, 1 once x is here, 2 once a warp is at its last tile.
     alone: let no two blocks of such kernels share a processor.
     planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
-    cluster: blocks that share tiles, each with a part of the ``splits``; each makes only its own columns of x ready,
-        and by look-up, if x has several rows, has room for these alone.
+    cluster: blocks that share tiles, each with a part of the ``splits``, of whose columns of x alone it has room.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -56,7 +55,7 @@ class Launch:
     teams: int
     stages: int = 2
     early: int = 2
-    late: bool = True
+    late: int = 1
     alone: bool = False
     planes: bool = False
     cluster: int = 1
@@ -93,12 +92,12 @@ class Launch:
         """Dynamic shared memory of a block: rings of weights, columns of x, partial sums, scales and tables."""
         tiles, steps = _up(_up(out_features, TILE), self.blocks // self.cluster), _up(in_features, STEP)
         ring = self.warps * self.stages * TILE * STEP * bits // 8
-        if not self.planes and self.cluster > 1 and self.capacity > 1:  # KEPT_STEP of nested_lookup.cu
+        if self.cluster > 1:
             steps = _up(steps, self.splits) * (self.splits // self.cluster)
         columns = self.capacity * DIGITS * (steps * STEP + 16)
-        partial = _up(tiles, self.cluster) * self.splits * self.capacity * TILE * 4
+        partial = tiles * (self.splits // self.cluster + self.cluster - 1)
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
-        return ring + columns + partial + tiles * (TILE * 8 + tables)
+        return ring + columns + partial * self.capacity * TILE * 4 + tiles * (TILE * 8 + tables)
 
 
 def reserved_bytes(shared: int, *, alone: bool) -> int:
@@ -197,7 +196,7 @@ def parse(row: dict[str, str]) -> Measured:
         teams=int(row["teams"]),
         stages=int(row["stages"]),
         early=int(row["early"]),
-        late=row["late"] == "1",
+        late=int(row["late"]),
         alone=row["alone"] == "1",
         planes=row["planes"] == "1",
         cluster=int(row["cluster"]),

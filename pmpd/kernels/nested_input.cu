@@ -75,10 +75,10 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-struct Staged {  // of each row of x and each warp's columns
-    float step[ROWS][MAX_SPLITS];  // x = step * integer
-    float sum[ROWS][MAX_SPLITS];
-    float squares[ROWS][MAX_SPLITS];
+struct Staged {  // of each row of x and each of a block's splits
+    float step[ROWS][MAX_THREADS / 32];  // x = step * integer
+    float sum[ROWS][MAX_THREADS / 32];
+    float squares[ROWS][MAX_THREADS / 32];
 };
 
 // A split's columns of x (steps split, split + splits, ...) as balanced base-256 digits of integers, the largest of which is
@@ -136,7 +136,8 @@ __device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const In
         if (NORM) squares = warp_sum(squares);
         if (lane == 0) {
             float step = magnitude * (1.0f / LARGEST_INTEGER);
-            s.step[m][split] = step, s.sum[m][split] = step * float(sum), s.squares[m][split] = squares;
+            const int own = split / CLUSTER;
+            s.step[m][own] = step, s.sum[m][own] = step * float(sum), s.squares[m][own] = squares;
         }
     };
     if (ROWS == 1) {

@@ -7,9 +7,7 @@ constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
 constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of a row
 constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
-// Columns in the memory of x from one step to the next. Of several rows all steps take most of a block's memory, so a block of
-// a cluster keeps those of its own splits alone; launch.py counts on it.
-constexpr int KEPT_STEP = ROWS > 1 ? STEP / CLUSTER : STEP;
+constexpr int STRIDE = 1;  // bytes in the memory of x from one column to the next
 
 __device__ __forceinline__ void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -134,7 +132,7 @@ struct ColumnsOut {
         for (int q = 0; q < 2; q++) four_digits(byte[q], n[4 * q], n[4 * q + 1], n[4 * q + 2], n[4 * q + 3], sums);
         #pragma unroll
         for (int d = 0; d < DIGITS; d++)
-            store8(mine + (m * DIGITS + d) * pitch + ahead / (STEP / KEPT_STEP), byte[0][d], byte[1][d], there);
+            store8(mine + (m * DIGITS + d) * pitch + u32(ahead) / CLUSTER, byte[0][d], byte[1][d], there);
     }
 };
 

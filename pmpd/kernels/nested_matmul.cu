@@ -2,31 +2,38 @@
 
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for
-// before the kernels before have ended; `late` lets the next kernel come only once x is here. The `splits` warps that share a
-// tile are of all CLUSTER blocks.
+// before the kernels before have ended. The next kernel may come at once if `late` is 0, once x is here if it is 1, once a
+// warp is at its last tile if it is 2. The `splits` warps that share a tile are of all CLUSTER blocks.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,
               int group_size, int groups, int splits, int early, int late) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ Staged staged;
+    __shared__ u64 barrier;
+    __shared__ float their_squares[CLUSTER][ROWS];  // of the other blocks
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps = blockDim.x >> 5;
     const int rank = cluster_rank(), own_splits = splits / CLUSTER;
-    const int split = rank * own_splits + warp % own_splits, team = warp / own_splits, teams = warps / own_splits;
+    // A block's splits are every CLUSTER-th: split / CLUSTER is this one's place among them.
+    const int split = warp % own_splits * CLUSTER + rank, team = warp / own_splits, teams = warps / own_splits;
     const int steps = (in_features + STEP - 1) / STEP, tiles = (out_features + TILE - 1) / TILE;
-    constexpr bool OWN_COLUMNS = KEPT_STEP < STEP;
-    const int kept = OWN_COLUMNS ? (steps + splits - 1) / splits * own_splits : steps, pitch = kept * STEP + 16;
+    const int kept = CLUSTER > 1 ? (steps + splits - 1) / splits * own_splits : steps, pitch = kept * STEP + 16;
     const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     const int first_tile = cluster * tiles / clusters, my_tiles = (cluster + 1) * tiles / clusters - first_tile;
     const int most_tiles = (tiles - 1) / clusters + 1;
     u8* ring = shared + warp * (STAGES * STEP_BYTES);
     u8* const ring_end = ring + STAGES * STEP_BYTES;
     u8* columns = shared + warps * (STAGES * STEP_BYTES);
-    // [tile][split][ROWS][TILE], of the tiles that this block finishes: rank, rank + CLUSTER, ...
+    // [tile][ROWS][TILE] sums of each of this block's splits and, if it finishes the tile, of each other block.
+    const int sums_of_tile = own_splits + CLUSTER - 1;
     float* partial = reinterpret_cast<float*>(columns + ROWS * DIGITS * pitch);
-    float2* block_scales = reinterpret_cast<float2*>(partial + ((most_tiles - 1) / CLUSTER + 1) * splits * ROWS * TILE);
+    float2* block_scales = reinterpret_cast<float2*>(partial + most_tiles * sums_of_tile * ROWS * TILE);
     u8* block_tables = reinterpret_cast<u8*>(block_scales + most_tiles * TILE);
+    auto finished_by = [&](int block) { return (my_tiles - block + CLUSTER - 1) / CLUSTER; };  // tiles
+    const Inbox inbox = {shared_address(&barrier)};
+    if (CLUSTER > 1 && threadIdx.x == 0)
+        inbox.open((CLUSTER - 1) * sizeof(float) * ROWS * (finished_by(rank) * TILE + NORM));
     cluster_arrive();
 
     // Weights do not depend on earlier kernels: ask for them before waiting for those.
@@ -59,9 +66,8 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     for (int i = 0; i < early; i++) load_next();
     const int column = split * STEP + 8 * lane;
     Input input = {x + column, norm_weight + column, rows, in_features, in_features - column};
-    // This warp's steps of x are at step_0 + step * KEPT_STEP. Own ones alone are closed up: its first is the block's
-    // (warp % own_splits)th.
-    u8* const step_0 = columns + (OWN_COLUMNS ? warp % own_splits * STEP - split * KEPT_STEP : 0);
+    // This warp's steps of x are at step_0 + step * KEPT_STEP * STRIDE: the block's own ones alone, closed up.
+    u8* const step_0 = columns - rank * (KEPT_STEP * STRIDE);
     ColumnsOut columns_out(step_0, pitch, split, lane);
     asm volatile("" : "+l"(input.x), "+r"(input.left), "+r"(columns_out.mine));  // computed now, not after the wait
 #if NORM
@@ -79,26 +85,22 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         for (int i = early; i < STAGES; i++) load_next();
     });
 #if __CUDA_ARCH__ >= 900
-    if (late) asm volatile("griddepcontrol.launch_dependents;");
+    if (late == 1) asm volatile("griddepcontrol.launch_dependents;");
 #endif
     wait_copies<STAGES>();
     prepare_tables(block_tables, block_scales, my_tiles * TILE);
     __syncthreads();  // tables and columns are there
 
-    cluster_wait();  // all blocks run, so their shared memory is there
-    for (int i = threadIdx.x; CLUSTER > 1 && i < ROWS * own_splits; i += blockDim.x) {
-        const int m = i / own_splits, k = rank * own_splits + i % own_splits;
-        for (int other = 1; other < CLUSTER; other++) {
-            store_in_block(&staged.sum[m][k], staged.sum[m][k], (rank + other) % CLUSTER);
-            if (NORM) store_in_block(&staged.squares[m][k], staged.squares[m][k], (rank + other) % CLUSTER);
-        }
-    }
+    cluster_wait();  // all blocks run and their inboxes are open
 
     const ColumnsIn columns_in(step_0, pitch, lane);
     const u8* slot = ring;
     #pragma unroll 1
     for (int item = team; item < my_tiles * SHARES; item += teams) {
         const int tile = item / SHARES, first_row = item % SHARES * WARP_ROWS;
+#if __CUDA_ARCH__ >= 900
+        if (late == 2 && item + teams >= my_tiles * SHARES) asm volatile("griddepcontrol.launch_dependents;");
+#endif
         const u8* tile_tables = block_tables + tile * TILE * SHARED_TABLE_BYTES;
         Sums sums(tile_tables, lane >> 2);
         #pragma unroll 1
@@ -111,28 +113,53 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
                 load_next();
             });
         }
-        float* mine = partial + (tile / CLUSTER * splits + split) * ROWS * TILE;
+        float* mine = partial + (tile * sums_of_tile + split / CLUSTER) * ROWS * TILE;
         sums.finish(tile_tables, lane, [&](int m, int r, float product) {
             m += first_row;
-            store_in_block(&mine[m * TILE + r], staged.step[m][split] * product, tile % CLUSTER);
+            mine[m * TILE + r] = staged.step[m][split / CLUSTER] * product;
         });
     }
-    cluster_sync();
+    __syncthreads();  // the block's partial sums are there
+
+    // What other blocks finish, four rows of a tile a thread.
+    for (int turn = 1; turn < CLUSTER; turn++) {
+        const int finisher = (rank + turn) % CLUSTER;
+        #pragma unroll 1
+        for (int i = threadIdx.x; i < finished_by(finisher) * ROWS * TILE / 4; i += blockDim.x) {
+            const int r = i % (TILE / 4) * 4, m = i / (TILE / 4) % ROWS, slot = i / (TILE / 4 * ROWS);
+            const int local = slot * CLUSTER + finisher;
+            float product[4] = {}, sum = 0, squares = 0;
+            #pragma unroll 4
+            for (int k = 0; k < own_splits; k++) {
+                const float4 more = *reinterpret_cast<const float4*>(&partial[((local * sums_of_tile + k) * ROWS + m) * TILE + r]);
+                product[0] += more.x, product[1] += more.y, product[2] += more.z, product[3] += more.w;
+                sum += staged.sum[m][k];
+                if (NORM) squares += staged.squares[m][k];
+            }
+            #pragma unroll
+            for (int h = 0; h < 4; h++) {
+                const float2 scale = block_scales[local * TILE + r + h];
+                product[h] = scale.x * product[h] + scale.y * sum;
+            }
+            inbox.send(&partial[((local * sums_of_tile + own_splits + turn - 1) * ROWS + m) * TILE + r], product, finisher);
+            if (NORM && slot == 0 && r == 0) inbox.send(&their_squares[turn - 1][m], squares, finisher);
+        }
+    }
 
     constexpr int PARTS = GATED ? 2 : 1, OUTPUTS = TILE / PARTS;  // rows of the weight in an output; outputs of a tile
     // Of one row there are mostly fewer outputs than threads, so an output gets several lanes, each with its share of the
     // splits; i counts lanes, then always of whole warps.
     constexpr int LANES = ROWS == 1 ? 4 : 1;
     #pragma unroll 1
-    for (int i = threadIdx.x; i < (my_tiles - rank + CLUSTER - 1) / CLUSTER * ROWS * OUTPUTS * LANES; i += blockDim.x) {
+    for (int i = threadIdx.x; i < finished_by(rank) * ROWS * OUTPUTS * LANES; i += blockDim.x) {
         const int r = i / LANES % OUTPUTS, m = i / (LANES * OUTPUTS) % ROWS, slot = i / (LANES * OUTPUTS * ROWS);
         const int local = slot * CLUSTER + rank;
         float product[PARTS] = {}, sum = 0, squares = 0, value[PARTS];
         #pragma unroll LANES > 1 ? 1 : 4
-        for (int k = i % LANES; k < splits; k += LANES) {
+        for (int k = i % LANES; k < own_splits; k += LANES) {
             #pragma unroll
             for (int h = 0; h < PARTS; h++)
-                product[h] += partial[((slot * splits + k) * ROWS + m) * TILE + r + OUTPUTS * h];
+                product[h] += partial[((local * sums_of_tile + k) * ROWS + m) * TILE + r + OUTPUTS * h];
             sum += staged.sum[m][k];
             if (NORM) squares += staged.squares[m][k];
         }
@@ -149,6 +176,13 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         }
         const int row = (first_tile + local) * TILE + r;
         if (i % LANES || m >= rows || row >= out_features) continue;
+        if (CLUSTER > 1) inbox.wait();
+        #pragma unroll
+        for (int k = 0; k < CLUSTER - 1; k++) {
+            #pragma unroll
+            for (int h = 0; h < PARTS; h++) value[h] += partial[((local * sums_of_tile + own_splits + k) * ROWS + m) * TILE + r + OUTPUTS * h];
+            if (NORM) squares += their_squares[k][m];
+        }
         #pragma unroll
         for (int h = 0; h < PARTS; h++) {
             if (NORM) value[h] *= rsqrtf(squares / in_features + norm_eps);

@@ -12,7 +12,7 @@ constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
 // Rows of x that a warp multiplies by a tile, as many as its registers have counts for; how many such parts x has.
 constexpr int MOST_ROWS = BITS == 2 ? 4 : BITS == 3 ? 2 : 1, WARP_ROWS = ROWS < MOST_ROWS ? ROWS : MOST_ROWS;
 constexpr int SHARES = ROWS / WARP_ROWS;
-constexpr int KEPT_STEP = STEP;  // columns in the memory of x from one step to the next: a block keeps all of x
+constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
 constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= 7 ? 2 : 1;  // on a processor: this kernel's and the next one's
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -84,7 +84,7 @@ struct ColumnsOut {
 
     __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane) : pitch(pitch), neighbours(lane), next_but_one(lane) {
         const int word = lane >> 2, plane = 2 * (lane & 1) + (lane >> 1 & 1);  // and plane + 4
-        mine = shared_address(memory + split * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4);
+        mine = shared_address(memory + split * KEPT_STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4);
     }
     // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first, if these are there. Adds their digits up. All
     // lanes call it.
@@ -97,7 +97,7 @@ struct ColumnsOut {
         for (int q = 0; q < 2; q++) neighbours(word[q][0], word[q][1]);
         #pragma unroll
         for (int q = 0; q < 2; q++) next_but_one(word[q][0], word[q][1]);
-        const u32 to = mine + m * DIGITS * pitch + ahead * DIGITS;
+        const u32 to = mine + m * DIGITS * pitch + u32(ahead) / CLUSTER * DIGITS;
         #pragma unroll
         for (int d = 0; d < DIGITS; d++) {  // planes 4 apart against columns 1 apart
             store4(to + 8 * d, pick(word[1][d] << 4, word[0][d], 0xf0f0f0f0u), there);
@@ -137,7 +137,7 @@ struct Sums {
         uint4 b[WARP_ROWS];
         #pragma unroll
         for (int m = 0; m < WARP_ROWS; m++)
-            b[m] = *reinterpret_cast<const uint4*>(x.mine + (first_row + m) * DIGITS * x.pitch + step * STEP * DIGITS);
+            b[m] = *reinterpret_cast<const uint4*>(x.mine + (first_row + m) * DIGITS * x.pitch + step * KEPT_STEP * DIGITS);
         #pragma unroll
         for (int set = 1; set < SETS; set++) {
             u32 product[4];

@@ -10,6 +10,7 @@
 // Short kernels wait for their own instructions, so what a shape does not need is left out.
 // Nothing is included: NVRTC comes without CUDA's headers.
 
+typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
@@ -22,9 +23,9 @@ constexpr int PAIR_BYTES = TILE * STEP / 4;
 constexpr int PLANE_BYTES = TILE * STEP / 8;
 constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
 constexpr int DIGITS = 2;  // of an input
+constexpr int KEPT_STEP = STEP / CLUSTER;  // columns in the memory of x from one step to the next: others' are not kept
 constexpr int BASE = BITS == 4 || BITS == 5 ? 128 : 256;  // of a table's digits
 constexpr int TABLE_BYTES = 2 << BITS;  // of a row (and group)
-constexpr int MAX_SPLITS = MAX_THREADS / 32 * CLUSTER;
 
 __device__ __forceinline__ u32 permute(u32 low, u32 high, u32 selector) {
     u32 d;
@@ -80,21 +81,41 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void cluster_sync() {
+// What other blocks of the cluster send to this one: a barrier in shared memory counts the bytes as they arrive, so there is
+// nothing to wait for but these. (The release of the cluster's own barrier is a fence for the whole GPU.)
+struct Inbox {
+    u32 barrier;
+
+    // By one thread, before its cluster_arrive.
+    __device__ __forceinline__ void open(u32 bytes) const {
 #if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
+        asm volatile("mbarrier.init.shared.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(barrier) : "memory");
+        asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
 #endif
-}
-__device__ __forceinline__ void store_in_block(float* to, float value, u32 rank) {  // where block `rank` has its `to`
+    }
+    // To where block `rank`, whose inbox is open, has its `to`. One of four takes as long as one of one.
+    __device__ __forceinline__ void send(const float* to, const float (&values)[4], u32 rank) const {
 #if CLUSTER > 1
-    asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2; }"
-                 ::"r"(shared_address(to)), "r"(rank), "f"(value) : "memory");
-#else
-    *to = value;
+        asm volatile("{ .reg .u32 there, inbox; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 inbox, %1, %2;"
+                     "  st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [inbox]; }"
+                     ::"r"(shared_address(to)), "r"(barrier), "r"(rank), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+                     : "memory");
 #endif
-}
+    }
+    __device__ __forceinline__ void send(const float* to, float value, u32 rank) const {
+#if CLUSTER > 1
+        asm volatile("{ .reg .u32 there, inbox; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 inbox, %1, %2;"
+                     "  st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [inbox]; }"
+                     ::"r"(shared_address(to)), "r"(barrier), "r"(rank), "f"(value) : "memory");
+#endif
+    }
+    __device__ __forceinline__ void wait() const {
+#if CLUSTER > 1
+        asm volatile("{ .reg .pred here; AGAIN: mbarrier.try_wait.parity.shared.b64 here, [%0], 0; @!here bra AGAIN; }"
+                     ::"r"(barrier) : "memory");
+#endif
+    }
+};
 __device__ __forceinline__ float to_float(u16 h) {
 #if BFLOAT
     return __uint_as_float(u32(h) << 16);

@@ -93,7 +93,7 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
         weight.groups,
         plan.splits,
         plan.early,
-        int(plan.late),
+        plan.late,
         shared_bytes=max(plan.shared_bytes(*shape, weight.groups), _reserved_bytes(plan, fused, gpu)),
         programmatic=True,
         cluster=plan.cluster,

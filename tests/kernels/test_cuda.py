@@ -40,11 +40,11 @@ class TestProduct:
 LAUNCHES = [
     Launch(splits, teams, stages, early, late, alone, planes, cluster)
     for splits, teams, stages, early, late, alone in (
-        (1, 1, 1, 1, True, False),
-        (2, 3, 2, 1, False, False),
-        (5, 1, 8, 4, True, True),
-        (4, 3, 2, 2, True, False),  # more than 8 warps
-        (3, 5, 2, 1, False, False),  # more than 12
+        (1, 1, 1, 1, 1, False),
+        (2, 3, 2, 1, 0, False),
+        (5, 1, 8, 4, 1, True),
+        (4, 3, 2, 2, 2, False),  # more than 8 warps
+        (3, 5, 2, 1, 2, False),  # more than 12
     )
     for planes in (False, True)
     for cluster in (1, 2)
