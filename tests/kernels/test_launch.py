@@ -112,6 +112,6 @@ def test_what_is_reserved_is_there(shared: int) -> None:
 
 
 def test_a_reduction_too_long_for_the_gpu_is_refused() -> None:
-    plan = launch.choose(64, 65536, 2, 1, 132)
-    with pytest.raises(ValueError, match="in_features=65536"):
-        launch.fit(plan, 2, 64, 65536, 1, 1, 132, 99 * 1024)
+    plan = launch.choose(64, 131072, 2, 1, 132)
+    with pytest.raises(ValueError, match="in_features=131072"):
+        launch.fit(plan, 2, 64, 131072, 1, 1, 132, 99 * 1024)
