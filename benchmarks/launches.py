@@ -7,9 +7,9 @@
 
 For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work among
 warps are tried with a few depths of the queue of weights, then the best of them, and the one that the table has, with
-all depths; the fastest of all are timed again, longer. (A descent, one choice at a time, ends up to a fifth above that:
-the best queue of one division is not another's.) Products are timed as in nested_matmul.py; launch_chains.py has how it
-is done in a chain.
+all depths and all times for the next kernel to come; the fastest of all are timed again, longer. (A descent, one choice
+at a time, ends up to a fifth above that: the best queue of one division is not another's.) Products are timed as in
+nested_matmul.py; launch_chains.py has how it is done in a chain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import itertools
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ FINALISTS = 8
 """Fastest launches, whose divisions of the work are tried further, and which are timed again."""
 FEW_TIMES = (1, 0)
 ALL_TIMES = (1, 0, 2)
-"""When the next kernel may come (``late``), with these and in the end."""
+"""When the next kernel may come (``Launch.late``), for every division of the work and for the fastest."""
 FEW_REPLAYS = 4
 """For the time of a launch that may become one of them."""
 
@@ -92,10 +92,9 @@ class Search:
     @property
     def divisions(self) -> Changes:
         known = {(plan.splits, plan.teams) for plan in self._known}
-        found = divisions(self.method, self.case.in_features)
         if not self.same_division:
-            return found
-        return [division for division in found if (division["splits"], division["teams"]) in known]
+            return divisions(self.method, self.case.in_features)
+        return [{"splits": splits, "teams": teams} | asdict(self.method) for splits, teams in known]
 
     def plans(
         self, divided: Changes, pairs: Sequence[tuple[int, int]], late: Sequence[int], alone: Sequence[bool]
@@ -179,6 +178,8 @@ def products(
         for search in group:
             if best := search.run(microseconds):
                 table.add(case, best, search.times[best], gpu.processors)
+            else:
+                print(f"{case} {search.method.name}: no launch fits, nothing changed", flush=True)
 
 
 def main() -> None:
@@ -198,7 +199,7 @@ def main() -> None:
         default=[],
         help="as planes-2: bit planes, clusters of two; default: all",
     )
-    parser.add_argument("--same-divisions", action="store_true", help="of what the file has; more queues")
+    parser.add_argument("--same-divisions", action="store_true", help="try those of the file alone; not with --chain")
     parser.add_argument("--chain", action="store_true")
     parser.add_argument("--models", nargs="+", default=["vicuna7b", "mobilellama"])
     parser.add_argument("--commit", help="what to record, where there is no repository")

@@ -46,7 +46,8 @@ class Launch:
     late: when the next kernel may come: 0 at once, 1 once x is here, 2 once a warp is at its last tile.
     alone: let no two blocks of such kernels share a processor.
     planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
-    cluster: blocks that share tiles, each with a part of the ``splits``, of whose columns of x alone it has room.
+    cluster: blocks that share tiles, each with a part of the ``splits``; a block has room for its own columns of x
+        alone.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -76,7 +77,8 @@ class Launch:
     def max_warps(self) -> int:
         """What the kernel is compiled for: with few warps a thread may have more registers.
 
-        One row by look-up does without: unless tables are of groups, nothing of it spills with those for ``MAX_WARPS``.
+        One row by look-up does without: with those for ``MAX_WARPS`` hardly anything of it spills, unless tables are of
+        groups.
         """
         if not self.planes and self.capacity == 1:
             return MAX_WARPS
@@ -228,7 +230,7 @@ def fit(
         if launch.stages > 2:
             launch = replace(launch, stages=launch.stages - 1, early=min(launch.early, launch.stages - 1))
         elif launch.teams > 1:
-            launch = replace(launch, teams=launch.teams // 2)
+            launch = replace(launch, teams=launch.teams - 1)
         elif launch.blocks // launch.cluster * TILE < out_features:
             launch = replace(launch, blocks=2 * launch.blocks)
         elif launch.rows > 1:

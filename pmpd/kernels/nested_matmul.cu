@@ -11,7 +11,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     extern __shared__ __align__(16) u8 shared[];
     __shared__ Staged staged;
     __shared__ u64 barrier;
-    __shared__ float their_squares[CLUSTER][ROWS];  // of the other blocks
+    __shared__ float their_squares[CLUSTER][ROWS];  // of the other blocks; the last line is unused, as no array may be empty
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps = blockDim.x >> 5;
     const int rank = cluster_rank(), own_splits = splits / CLUSTER;
@@ -25,7 +25,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     u8* ring = shared + warp * (STAGES * STEP_BYTES);
     u8* const ring_end = ring + STAGES * STEP_BYTES;
     u8* columns = shared + warps * (STAGES * STEP_BYTES);
-    // [tile][ROWS][TILE] sums of each of this block's splits and, if it finishes the tile, of each other block.
+    // [tile][sum][ROWS][TILE]: a sum of each of this block's splits and, if it finishes the tile, of each other block.
     const int sums_of_tile = own_splits + CLUSTER - 1;
     float* partial = reinterpret_cast<float*>(columns + ROWS * DIGITS * pitch);
     float2* block_scales = reinterpret_cast<float2*>(partial + most_tiles * sums_of_tile * ROWS * TILE);

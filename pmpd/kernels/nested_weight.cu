@@ -23,6 +23,7 @@ constexpr int PAIR_BYTES = TILE * STEP / 4;
 constexpr int PLANE_BYTES = TILE * STEP / 8;
 constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
 constexpr int DIGITS = 2;  // of an input
+static_assert(STEP % CLUSTER == 0, "a block keeps every CLUSTER-th step");
 constexpr int KEPT_STEP = STEP / CLUSTER;  // columns in the memory of x from one step to the next: others' are not kept
 constexpr int BASE = BITS == 4 || BITS == 5 ? 128 : 256;  // of a table's digits
 constexpr int TABLE_BYTES = 2 << BITS;  // of a row (and group)
@@ -71,7 +72,7 @@ __device__ __forceinline__ u32 cluster_rank() {
 #endif
     return rank;
 }
-__device__ __forceinline__ void cluster_arrive() {
+__device__ __forceinline__ void cluster_arrive() {  // orders nothing: the inbox has a fence of its own
 #if CLUSTER > 1
     asm volatile("barrier.cluster.arrive.relaxed.aligned;");
 #endif
@@ -109,6 +110,7 @@ struct Inbox {
                      ::"r"(shared_address(to)), "r"(barrier), "r"(rank), "f"(value) : "memory");
 #endif
     }
+    // Acquires for the block alone, which is the default: what arrives is in its own shared memory, with no cache before it.
     __device__ __forceinline__ void wait() const {
 #if CLUSTER > 1
         asm volatile("{ .reg .pred here; AGAIN: mbarrier.try_wait.parity.shared.b64 here, [%0], 0; @!here bra AGAIN; }"

@@ -1,3 +1,7 @@
+import csv
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,6 +37,7 @@ def test_every_product_fits_every_gpu(
                 assert plan.capacity >= plan.rows
                 assert 1 <= plan.warps <= variant.max_threads // 32 <= launch.MAX_WARPS
                 assert 1 <= plan.early <= plan.stages
+                assert plan.late in (0, 1, 2)
                 assert plan.splits <= -(-in_features // launch.STEP)
                 assert plan.splits % plan.cluster == 0
                 assert plan.blocks % plan.cluster == 0
@@ -86,6 +91,18 @@ def test_a_measured_shape_gets_what_was_fastest_for_it() -> None:
         fastest = min(same, key=lambda r: r.microseconds).launch
         out_features, in_features = round(row.tiles_a_processor * 132) * 16, row.steps * launch.STEP
         assert launch.choose(out_features, in_features, row.bits, row.rows, 132, chain=row.chain) == fastest
+
+
+def test_what_was_measured_runs_as_it_was() -> None:
+    processors, shared = GPUS[0]
+    with Path(launch.__file__).with_name("launches.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["processors"] for row in rows} == {str(processors)}
+    for row in rows:
+        measured = launch.parse(row)
+        sizes = (measured.bits, int(row["out_features"]), int(row["in_features"]))
+        fitted = launch.fit(measured.launch, *sizes, 1, measured.rows, processors, shared)
+        assert fitted == replace(measured.launch, blocks=processors, rows=measured.rows), row
 
 
 @pytest.mark.parametrize("heads_a_key_head", [1, 3, 8])
