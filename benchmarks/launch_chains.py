@@ -17,6 +17,7 @@ from chain import Chain
 from launch_choices import (
     QUEUES,
     START,
+    TIMES,
     Changes,
     Method,
     Table,
@@ -44,7 +45,7 @@ MORE_WARPS = [(2, 6), (4, 3), (4, 4), (7, 2), (8, 2), (11, 1), (16, 1)]
 def axes(bits: int, method: Method, in_features: int) -> list[Changes]:
     """Choices of each axis that a descent goes along."""
     pairs = WARPS[method.planes] + (MORE_WARPS if method.planes and bits == 2 else [])
-    return [divide(pairs, method, in_features), queues(QUEUES), [{"late": late} for late in (1, 0, 2)]]
+    return [divide(pairs, method, in_features), queues(QUEUES), [{"late": late} for late in TIMES]]
 
 
 @dataclass

@@ -28,6 +28,8 @@ COLUMNS = [
 ]
 QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2), (6, 2), (6, 4), (8, 4), (8, 6)]
 """Stages, and of these early."""
+TIMES = (1, 0, 2)
+"""When the next kernel may come: ``Launch.late``."""
 START = Launch(4, 2, 3, 2)
 """Which choices change."""
 

@@ -2,7 +2,7 @@
 
     python benchmarks/launches.py                              all of it
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
-    python benchmarks/launches.py --same-divisions             keeps how the work is divided, in a fifth of the time
+    python benchmarks/launches.py --same-divisions             keeps how the work is divided: quicker
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
 For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work among
@@ -30,6 +30,7 @@ from launch_choices import (
     QUEUES,
     RESULTS,
     START,
+    TIMES,
     Changes,
     Method,
     Table,
@@ -55,8 +56,7 @@ FEW_QUEUES = [(1, 1), (2, 2), (3, 3), (4, 2)]
 FINALISTS = 8
 """Fastest launches, whose divisions of the work are tried further, and which are timed again."""
 FEW_TIMES = (1, 0)
-ALL_TIMES = (1, 0, 2)
-"""When the next kernel may come (``Launch.late``), for every division of the work and for the fastest."""
+"""Of ``TIMES``, the same."""
 FEW_REPLAYS = 4
 """For the time of a launch that may become one of them."""
 
@@ -91,10 +91,9 @@ class Search:
 
     @property
     def divisions(self) -> Changes:
-        known = {(plan.splits, plan.teams) for plan in self._known}
-        if not self.same_division:
-            return divisions(self.method, self.case.in_features)
-        return [{"splits": splits, "teams": teams} | asdict(self.method) for splits, teams in known]
+        if self.same_division:
+            return [{"splits": plan.splits, "teams": plan.teams} | asdict(self.method) for plan in self._known]
+        return divisions(self.method, self.case.in_features)
 
     def plans(
         self, divided: Changes, pairs: Sequence[tuple[int, int]], late: Sequence[int], alone: Sequence[bool]
@@ -122,7 +121,7 @@ class Search:
         best = {(plan.splits, plan.teams) for plan in [*self._fastest(), *self._known]}
         chosen = [division for division in self.divisions if (division["splits"], division["teams"]) in best]
         small = self.case.out_features <= launch.TILE * self.gpu.processors
-        self._try(self.plans(chosen, QUEUES, ALL_TIMES, [False, True] if small else [False]) | self._known, time)
+        self._try(self.plans(chosen, QUEUES, TIMES, [False, True] if small else [False]) | self._known, time)
         again = {plan: statistics.median(time(plan, REPLAYS) for _ in range(3)) for plan in self._fastest()}
         self.times |= again
         return min(again, key=again.__getitem__, default=None)
@@ -136,7 +135,7 @@ class Search:
 
     def variants(self) -> set[product.Variant]:
         """Programs that it may need."""
-        plans = self.plans(self.divisions, QUEUES, ALL_TIMES, [False]) | self._known
+        plans = self.plans(self.divisions, QUEUES, TIMES, [False]) | self._known
         return {variant(fit(plan, self.case, self.gpu), self.case) for plan in plans}
 
 

@@ -94,7 +94,7 @@ struct Inbox {
         asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
 #endif
     }
-    // To where block `rank`, whose inbox is open, has its `to`. One of four takes as long as one of one.
+    // To where block `rank`, whose inbox is open, has its `to`. Four at a time, as fewer stores take less time.
     __device__ __forceinline__ void send(const float* to, const float (&values)[4], u32 rank) const {
 #if CLUSTER > 1
         asm volatile("{ .reg .u32 there, inbox; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 inbox, %1, %2;"

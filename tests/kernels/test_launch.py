@@ -128,7 +128,10 @@ def test_what_is_reserved_is_there(shared: int) -> None:
         assert 0 <= launch.reserved_bytes(shared, alone=alone) <= shared - launch.STATIC_SHARED_BYTES
 
 
-def test_a_reduction_too_long_for_the_gpu_is_refused() -> None:
-    plan = launch.choose(64, 131072, 2, 1, 132)
-    with pytest.raises(ValueError, match="in_features=131072"):
-        launch.fit(plan, 2, 64, 131072, 1, 1, 132, 99 * 1024)
+@pytest.mark.parametrize(("clusters", "in_features"), [(False, 65536), (True, 131072)])
+def test_a_reduction_too_long_for_the_gpu_is_refused(clusters: bool, in_features: int) -> None:
+    """Two blocks of a cluster have room for twice as much."""
+    plan = launch.choose(64, in_features, 2, 1, 132, clusters=clusters)
+    assert plan.cluster == 1 + clusters
+    with pytest.raises(ValueError, match=f"in_features={in_features}"):
+        launch.fit(plan, 2, 64, in_features, 1, 1, 132, 99 * 1024)
