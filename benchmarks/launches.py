@@ -56,7 +56,7 @@ FEW_QUEUES = [(1, 1), (2, 2), (3, 3), (4, 2)]
 FINALISTS = 8
 """Fastest launches, whose divisions of the work are tried further, and which are timed again."""
 FEW_TIMES = (1, 0)
-"""Of ``TIMES``, the same."""
+"""Of ``TIMES`` what every division of the work is tried with."""
 FEW_REPLAYS = 4
 """For the time of a launch that may become one of them."""
 
