@@ -82,11 +82,11 @@ def chain_variants(chain: Chain, bits: list[int], gpu: product.Gpu) -> Iterator[
     """Of all launches that :func:`best_chain` may try."""
     norm = torch.empty(0)
     fused = {"qkv": product.Fused(norm), "gate_up": product.Fused(norm, gated=True)}
-    for (part, (out_features, in_features)), b in itertools.product(chain.shapes.items(), bits):
+    for (part, shape), b in itertools.product(chain.shapes.items(), bits):
         for method in methods(b, 1):
-            for plan in every(START, axes(b, method, in_features)[:2]):
-                plan = fit(plan, Case(b, 1, out_features, in_features), gpu)
-                yield product.Variant.of(plan, b, torch.float16, fused.get(part, product.Fused()), in_features, 1)
+            for plan in every(START, axes(b, method, shape[1])[:2]):
+                plan = fit(plan, Case(b, 1, *shape), gpu)
+                yield product.Variant.of(plan, b, torch.float16, fused.get(part, product.Fused()), shape, 1)
 
 
 def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> list[tuple[str, Launch, float]]:

@@ -140,7 +140,7 @@ class Search:
 
 
 def variant(plan: Launch, case: Case) -> product.Variant:
-    return product.Variant.of(plan, case.bits, torch.float16, product.Fused(), case.in_features, 1)
+    return product.Variant.of(plan, case.bits, torch.float16, product.Fused(), (case.out_features, case.in_features), 1)
 
 
 def products(

@@ -120,7 +120,7 @@ def static_bytes(group: int, head_dim: int) -> int:
 def reserved_bytes(group: int, head_dim: int, shared: int) -> int:
     """Dynamic shared memory, unused, that keeps attention's blocks apart: ``BLOCKS_A_PROCESSOR`` of them beside a
     product's (:func:`pmpd.kernels.launch.reserved_bytes`), where they are not larger themselves."""
-    room = shared + launch.RESERVED_BYTES - launch.reserved_bytes(shared, alone=True) - launch.STATIC_SHARED_BYTES // 2
+    room = shared - launch.reserved_bytes(shared, alone=True)
     each = room // BLOCKS_A_PROCESSOR - launch.RESERVED_BYTES - static_bytes(group, head_dim)
     return max(0, each // 128 * 128)
 

@@ -30,10 +30,8 @@ LOOKUP_CHUNKS = dict(zip(KERNEL_WARPS, (6, 4, 2), strict=True))
 """Steps of x that a warp has in registers then, by look-up, where tables wait in them too."""
 PLANES_MAX_BITS = 4
 """The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
-STATIC_SHARED_BYTES = 4096
-"""At least what a block declares itself, and what the driver keeps of it."""
 RESERVED_BYTES = 1024
-"""What the driver keeps of a block's shared memory."""
+"""What the driver keeps of a block's shared memory, beside what a block may have."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,16 @@ class Launch:
         own = _up(_up(in_features, STEP), self.splits)
         return next(chunk for chunk in CHUNKS if chunk >= min(own, most)), own <= most
 
+    def whole(self, bits: int, out_features: int, in_features: int) -> bool:
+        """Whether ``stages`` are all the steps of weights that a warp has."""
+        most_rows = {2: 4, 3: 2}.get(bits, 1) if self.planes else self.capacity
+        tiles = _up(_up(out_features, TILE), self.blocks // self.cluster)
+        shares = tiles * _up(self.capacity, most_rows)
+        return _up(shares, self.teams) * _up(_up(in_features, STEP), self.splits) <= self.stages
+
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
-        """Dynamic shared memory of a block: rings of weights, columns of x, partial sums, scales and tables."""
+        """Shared memory of a block: what has a fixed size, rings of weights, columns of x, sums, scales and tables."""
+        fixed = 128 * _up(12 * self.capacity * self.max_warps + 8 + 4 * self.cluster * self.capacity, 128)
         tiles, steps = _up(_up(out_features, TILE), self.blocks // self.cluster), _up(in_features, STEP)
         ring = self.warps * self.stages * TILE * STEP * bits // 8
         if self.cluster > 1:
@@ -99,7 +105,7 @@ class Launch:
         columns = self.capacity * DIGITS * (steps * STEP + 16)
         partial = tiles * (self.splits // self.cluster + self.cluster - 1)
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
-        return ring + columns + partial * self.capacity * TILE * 4 + tiles * (TILE * 8 + tables)
+        return fixed + ring + columns + partial * self.capacity * TILE * 4 + tiles * (TILE * 8 + tables)
 
 
 def reserved_bytes(shared: int, *, alone: bool) -> int:
@@ -111,7 +117,7 @@ def reserved_bytes(shared: int, *, alone: bool) -> int:
     half of it; the others' leave room for just one of these.
     """
     half = (shared + RESERVED_BYTES) // 2
-    return half + 4096 if alone else half - 4096 - 2 * STATIC_SHARED_BYTES
+    return half + 4096 if alone else half - 4096 - 2 * RESERVED_BYTES
 
 
 def choose(
@@ -226,7 +232,7 @@ def fit(
         ValueError: ``in_features`` is too large for this GPU.
     """
     launch = replace(launch, blocks=max(1, blocks // launch.cluster) * launch.cluster, rows=min(rows, launch.rows))
-    while launch.shared_bytes(bits, out_features, in_features, groups) > shared - STATIC_SHARED_BYTES:
+    while launch.shared_bytes(bits, out_features, in_features, groups) > shared:
         if launch.stages > 2:
             launch = replace(launch, stages=launch.stages - 1, early=min(launch.early, launch.stages - 1))
         elif launch.teams > 1:

@@ -1,5 +1,13 @@
 // The product with a nested weight, by whichever method comes before.
 
+// What a block's shared memory begins with, of a size that the compiler knows. (Variables declared __shared__ have an address
+// that it asks for, and waits for, at each use.) Copies to what follows are faster if that begins a line of 128 bytes.
+struct __align__(128) Fixed {
+    Staged staged;
+    u64 barrier;                   // of the inbox
+    float squares[CLUSTER][ROWS];  // of the other blocks; the last line is unused, as no array may be empty
+};
+
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for
 // before the kernels before have ended. The next kernel may come at once if `late` is 0, once x is here if it is 1, once a
@@ -8,10 +16,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,
               int group_size, int groups, int splits, int early, int late) {
-    extern __shared__ __align__(16) u8 shared[];
-    __shared__ Staged staged;
-    __shared__ u64 barrier;
-    __shared__ float their_squares[CLUSTER][ROWS];  // of the other blocks; the last line is unused, as no array may be empty
+    extern __shared__ __align__(128) u8 shared[];
+    Fixed& fixed = *reinterpret_cast<Fixed*>(shared);
+    const Staged& staged = fixed.staged;
     const int lane = threadIdx.x & 31;
     const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps = blockDim.x >> 5;
     const int rank = cluster_rank(), own_splits = splits / CLUSTER;
@@ -22,16 +29,17 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     const int first_tile = cluster * tiles / clusters, my_tiles = (cluster + 1) * tiles / clusters - first_tile;
     const int most_tiles = (tiles - 1) / clusters + 1;
-    u8* ring = shared + warp * (STAGES * STEP_BYTES);
+    u8* const rings = shared + sizeof(Fixed);
+    u8* ring = rings + warp * (STAGES * STEP_BYTES);
     u8* const ring_end = ring + STAGES * STEP_BYTES;
-    u8* columns = shared + warps * (STAGES * STEP_BYTES);
+    u8* columns = rings + warps * (STAGES * STEP_BYTES);
     // [tile][sum][ROWS][TILE]: a sum of each of this block's splits and, if it finishes the tile, of each other block.
     const int sums_of_tile = own_splits + CLUSTER - 1;
     float* partial = reinterpret_cast<float*>(columns + ROWS * DIGITS * pitch);
     float2* block_scales = reinterpret_cast<float2*>(partial + most_tiles * sums_of_tile * ROWS * TILE);
     u8* block_tables = reinterpret_cast<u8*>(block_scales + most_tiles * TILE);
     auto finished_by = [&](int block) { return (my_tiles - block + CLUSTER - 1) / CLUSTER; };  // tiles
-    const Inbox inbox = {shared_address(&barrier)};
+    const Inbox inbox = {shared_address(&fixed.barrier)};
     if (CLUSTER > 1 && threadIdx.x == 0)
         inbox.open((CLUSTER - 1) * sizeof(float) * ROWS * (finished_by(rank) * TILE + NORM));
     cluster_arrive();
@@ -80,7 +88,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
     if (my_tiles == 0) return;
-    stage(columns_out, staged, input, split, splits, team, teams, lane, [&] {
+    stage(columns_out, fixed.staged, input, split, splits, team, teams, lane, [&] {
         #pragma unroll 1
         for (int i = early; i < STAGES; i++) load_next();
     });
@@ -108,9 +116,9 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
             wait_copies<STAGES - 1>();
             __syncwarp();
             sums.add(slot, columns_in, step, first_row, weight, first_tile + tile, lane, [&] {
-                slot = slot + STEP_BYTES == ring_end ? ring : slot + STEP_BYTES;
-                __syncwarp();
-                load_next();
+                slot = !WHOLE && slot + STEP_BYTES == ring_end ? ring : slot + STEP_BYTES;
+                if (!WHOLE) __syncwarp(), load_next();
+                else commit_copies();  // of nothing, but wait_copies counts
             });
         }
         float* mine = partial + (tile * sums_of_tile + split / CLUSTER) * ROWS * TILE;
@@ -142,7 +150,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
                 product[h] = scale.x * product[h] + scale.y * sum;
             }
             inbox.send(&partial[((local * sums_of_tile + own_splits + turn - 1) * ROWS + m) * TILE + r], product, finisher);
-            if (NORM && slot == 0 && r == 0) inbox.send(&their_squares[turn - 1][m], squares, finisher);
+            if (NORM && slot == 0 && r == 0) inbox.send(&fixed.squares[turn - 1][m], squares, finisher);
         }
     }
 
@@ -181,7 +189,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         for (int k = 0; k < CLUSTER - 1; k++) {
             #pragma unroll
             for (int h = 0; h < PARTS; h++) value[h] += partial[((local * sums_of_tile + own_splits + k) * ROWS + m) * TILE + r + OUTPUTS * h];
-            if (NORM) squares += their_squares[k][m];
+            if (NORM) squares += fixed.squares[k][m];
         }
         #pragma unroll
         for (int h = 0; h < PARTS; h++) {

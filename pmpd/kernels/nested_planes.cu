@@ -21,9 +21,10 @@ __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Scales and tables of a block's rows into shared memory; each thread turns those that it copied into coefficients.
+// Scales and tables of a block's rows into shared memory. Each thread turns those that it copied into coefficients: the last
+// threads come first, as the last team has the fewest rows of x, if any.
 __device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8* tables, const float2* scales, int rows) {
-    for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+    for (int row = blockDim.x - 1 - threadIdx.x; row < rows; row += blockDim.x) {
         copy8(to_scales + row, scales + row);
         if (TABLE_BYTES == 8) copy8(to + row * SHARED_TABLE_BYTES, tables + row * TABLE_BYTES);
         #pragma unroll
@@ -33,7 +34,7 @@ __device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8*
 // Tables become coefficients of the sets, scales included, and scales 1 and the coefficient of the sum of x.
 __device__ __forceinline__ void prepare_tables(u8* tables, float2* scales, int rows) {
     #pragma unroll 1
-    for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+    for (int row = blockDim.x - 1 - threadIdx.x; row < rows; row += blockDim.x) {
         u32 word[TABLE_BYTES / 4];
         #pragma unroll
         for (int i = 0; i < TABLE_BYTES / 4; i++) word[i] = reinterpret_cast<const u32*>(tables + row * SHARED_TABLE_BYTES)[i];
@@ -58,17 +59,19 @@ __device__ __forceinline__ void prepare_tables(u8* tables, float2* scales, int r
 // apart in the words, against those inside.
 template <int OTHER, int DISTANCE, u32 MASK>
 struct Exchange {
+    u32 times_left, times_right;  // left shifts as products, which are another pipe's work: this one has enough of it
     int left, right;
     u32 replaced;
 
     __device__ __forceinline__ Exchange(int lane) {
         const bool upper = lane & OTHER;
         left = upper ? DISTANCE : 0, right = upper ? 0 : DISTANCE, replaced = upper ? ~MASK : MASK;
-        asm volatile("" : "+r"(left), "+r"(right), "+r"(replaced));  // once, not at every use
+        times_left = 1u << left, times_right = 1u << right;
+        asm volatile("" : "+r"(left), "+r"(right), "+r"(replaced), "+r"(times_left), "+r"(times_right));  // once, not at every use
     }
     __device__ __forceinline__ void operator()(u32& a, u32& b) const {
-        const u32 theirs = __shfl_xor_sync(~0u, pick(b << left, a >> right, MASK), OTHER);
-        a = pick(theirs << right, a, replaced);
+        const u32 theirs = __shfl_xor_sync(~0u, pick(b * times_left, a >> right, MASK), OTHER);
+        a = pick(theirs * times_right, a, replaced);
         b = pick(theirs >> left, b, replaced);
     }
 };
@@ -160,24 +163,39 @@ struct Sums {
     template <typename F>
     __device__ __forceinline__ void finish(const u8* tables, int lane, F&& put) const {
         const int g = lane >> 2, t = lane & 3, second = t == 3 ? -2 : 2;  // planes 2t and 2t + 1; plane 7 is the sign
+        float sum[2 * WARP_ROWS];  // [m][half]
         #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float* c = reinterpret_cast<const float*>(tables + (g + 8 * half) * SHARED_TABLE_BYTES);
+            const float4* from = reinterpret_cast<const float4*>(tables + (g + 8 * half) * SHARED_TABLE_BYTES);
+            float4 c[SETS / 4];
+            #pragma unroll
+            for (int i = 0; i < SETS / 4; i++) c[i] = from[i];
             #pragma unroll
             for (int m = 0; m < WARP_ROWS; m++) {
-                float sum = 0;
+                float all = 0;
                 #pragma unroll
                 for (int set = 1; set < SETS; set++) {
                     const int(&n)[DIGITS][4] = count[set][m];
-                    int low = n[0][2 * half] + second * n[0][2 * half + 1];
-                    int high = n[1][2 * half] + second * n[1][2 * half + 1];
-                    sum += c[set] * float(low + 256 * high);
+                    const int low = n[0][2 * half] + second * n[0][2 * half + 1];
+                    const int high = n[1][2 * half] + second * n[1][2 * half + 1];
+                    const float4& four = c[set / 4];
+                    all += (set % 4 == 0 ? four.x : set % 4 == 1 ? four.y : set % 4 == 2 ? four.z : four.w) * float(low + 256 * high);
                 }
-                sum *= float(1 << (2 * t));
-                sum += __shfl_xor_sync(~0u, sum, 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
-                if (t == m % 4) put(m, g + 8 * half, sum);
+                sum[2 * m + half] = all * float(1 << (2 * t));
             }
         }
+        // The quad's lanes have parts of the same sums. Neighbours divide these up, then next but ones theirs: each gives away half.
+        #pragma unroll
+        for (int i = 0; i < WARP_ROWS; i++) sum[i] = exchanged(sum[2 * i], sum[2 * i + 1], t & 1, 1);
+        if (WARP_ROWS == 1) sum[0] += __shfl_xor_sync(~0u, sum[0], 2);
+        #pragma unroll
+        for (int i = 0; i < WARP_ROWS / 2; i++) sum[i] = exchanged(sum[2 * i], sum[2 * i + 1], t & 2, 2);
+        if (WARP_ROWS == 1 && t & 2) return;
+        #pragma unroll
+        for (int i = 0; i < (WARP_ROWS + 1) / 2; i++) put(2 * i + (t >> 1), g + 8 * (t & 1), sum[i]);
+    }
+    // Of a and b, b if `second`, the sum over this lane and the one `other` away, which has the rest of it.
+    __device__ __forceinline__ static float exchanged(float a, float b, bool second, int other) {
+        return (second ? b : a) + __shfl_xor_sync(~0u, second ? a : b, other);
     }
 };

@@ -68,12 +68,12 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
         plan: to measure or test one; planes only up to 4 bits and without groups.
     """
     gpu = describe(x.device.index)
-    shape = (weight.bits, weight.out_features, weight.in_features)
+    bits, shape = weight.bits, (weight.out_features, weight.in_features)
     rows = min(x.shape[0], MAX_ROWS)
     plan = plan or _plan(weight, fused, rows, gpu)
-    assert not plan.planes or (weight.groups == 1 and weight.bits <= launch.PLANES_MAX_BITS)
-    plan = launch.fit(plan, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
-    module = _module(gpu.capability, Variant.of(plan, weight.bits, x.dtype, fused, weight.in_features, weight.groups))
+    assert not plan.planes or (weight.groups == 1 and bits <= launch.PLANES_MAX_BITS)
+    plan = launch.fit(plan, bits, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
+    module = _module(gpu.capability, Variant.of(plan, bits, x.dtype, fused, shape, weight.groups))
     module["nested_matmul"](
         (plan.blocks,),
         (32 * plan.warps,),
@@ -94,7 +94,7 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
         plan.splits,
         plan.early,
         plan.late,
-        shared_bytes=max(plan.shared_bytes(*shape, weight.groups), _reserved_bytes(plan, fused, gpu)),
+        shared_bytes=max(plan.shared_bytes(bits, *shape, weight.groups), _reserved_bytes(plan, fused, gpu)),
         programmatic=True,
         cluster=plan.cluster,
     )
@@ -197,6 +197,7 @@ class Variant:
     gated: bool = False
     grouped: bool = False
     stages: int = 1
+    whole: bool = False
     ragged: bool = False
     chunk: int = 1
     once: bool = True
@@ -205,8 +206,11 @@ class Variant:
     cluster: int = 1
 
     @classmethod
-    def of(cls, plan: Launch, bits: int, dtype: torch.dtype, fused: Fused, in_features: int, groups: int) -> Variant:
-        """For a launch that :func:`launch.fit` returned."""
+    def of(
+        cls, plan: Launch, bits: int, dtype: torch.dtype, fused: Fused, shape: tuple[int, int], groups: int
+    ) -> Variant:
+        """For a launch that :func:`launch.fit` returned; ``shape``: outputs and inputs of the weight."""
+        in_features = shape[1]
         chunk, once = plan.chunk(in_features)
         return cls(
             bits,
@@ -216,6 +220,7 @@ class Variant:
             gated=fused.gated,
             grouped=groups > 1,
             stages=plan.stages,
+            whole=plan.whole(bits, *shape),
             ragged=in_features % launch.STEP != 0,
             chunk=chunk,
             once=once,
@@ -241,6 +246,7 @@ class Variant:
             "GATED": self.gated,
             "GROUPED": self.grouped,
             "STAGES": self.stages,
+            "WHOLE": self.whole,
             "RAGGED": self.ragged,
             "CHUNK": self.chunk,
             "ONCE": self.once,
