@@ -13,7 +13,8 @@ constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
 constexpr int MOST_ROWS = BITS == 2 ? 4 : BITS == 3 ? 2 : 1, WARP_ROWS = ROWS < MOST_ROWS ? ROWS : MOST_ROWS;
 constexpr int SHARES = ROWS / WARP_ROWS;
 constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
-constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= 7 ? 2 : 1;  // on a processor: this kernel's and the next one's
+// On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
+constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= (MAX_THREADS == 256 ? 12 : 7) ? 2 : 1;
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -137,24 +138,21 @@ struct Sums {
             for (int j = 0; j < PLANES; j++) plane[2 + j][2 * u] = now.plane[j].x, plane[2 + j][2 * u + 1] = now.plane[j].y;
         }
         slot_is_read();
-        uint4 b[WARP_ROWS];
         #pragma unroll
-        for (int m = 0; m < WARP_ROWS; m++)
-            b[m] = *reinterpret_cast<const uint4*>(x.mine + (first_row + m) * DIGITS * x.pitch + step * KEPT_STEP * DIGITS);
-        #pragma unroll
-        for (int set = 1; set < SETS; set++) {
-            u32 product[4];
+        for (int m = 0; m < WARP_ROWS; m++) {
+            const uint4 b = *reinterpret_cast<const uint4*>(x.mine + (first_row + m) * DIGITS * x.pitch + step * KEPT_STEP * DIGITS);
             #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                product[i] = ~0u;
+            for (int set = 1; set < SETS; set++) {
+                u32 product[4];
                 #pragma unroll
-                for (int bit = 0; bit < BITS; bit++)
-                    if (set >> bit & 1) product[i] &= plane[bit][i];
-            }
-            #pragma unroll
-            for (int m = 0; m < WARP_ROWS; m++) {
-                binary_mma(count[set][m][0], product, b[m].x, b[m].y);
-                binary_mma(count[set][m][1], product, b[m].z, b[m].w);
+                for (int i = 0; i < 4; i++) {
+                    product[i] = ~0u;
+                    #pragma unroll
+                    for (int bit = 0; bit < BITS; bit++)
+                        if (set >> bit & 1) product[i] &= plane[bit][i];
+                }
+                binary_mma(count[set][m][0], product, b.x, b.y);
+                binary_mma(count[set][m][1], product, b.z, b.w);
             }
         }
     }
