@@ -23,10 +23,10 @@ DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
-KERNEL_WARPS = (8, 12, 16)
+KERNEL_WARPS = (6, 8, 12, 16)
 """Of a block, that a kernel is compiled for: with more warps a thread has fewer registers."""
 MAX_WARPS = max(KERNEL_WARPS)
-LOOKUP_CHUNKS = dict(zip(KERNEL_WARPS, (6, 4, 2), strict=True))
+LOOKUP_CHUNKS = dict(zip(KERNEL_WARPS, (6, 6, 4, 2), strict=True))
 """Steps of x that a warp has in registers then, by look-up, where tables wait in them too."""
 PLANES_MAX_BITS = 4
 """The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""

@@ -14,7 +14,8 @@ constexpr int MOST_ROWS = BITS == 2 ? 4 : BITS == 3 ? 2 : 1, WARP_ROWS = ROWS < 
 constexpr int SHARES = ROWS / WARP_ROWS;
 constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
-constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= (MAX_THREADS == 256 ? 12 : 7) ? 2 : 1;
+constexpr int MOST_FOR_TWO = MAX_THREADS == 192 ? 15 : MAX_THREADS == 256 ? 12 : 7;
+constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= MOST_FOR_TWO ? 2 : 1;
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
