@@ -43,7 +43,8 @@ LAUNCHES = [
         (1, 1, 1, 1, 1, False),
         (2, 3, 2, 1, 0, False),
         (5, 1, 8, 4, 1, True),
-        (4, 3, 2, 2, 2, False),  # more than 8 warps
+        (4, 2, 3, 2, 2, False),  # more than 6 warps
+        (4, 3, 2, 2, 2, False),  # more than 8
         (3, 5, 2, 1, 2, False),  # more than 12
     )
     for planes in (False, True)
@@ -119,6 +120,34 @@ class TestBitsThatAreOnlyLookedUp:
             x, out = case.x(rows, 2816), torch.full((rows, 2200), torch.nan, device="cuda", dtype=torch.float16)
             done = product.multiply(x, Operand.of(case.weight, bits), Fused(), out, plan)
             case.check(out[:done], x[:done], bits)
+
+
+@pytest.mark.parametrize("cluster", [2, 4])
+class TestClusters:
+    """What :class:`TestLaunches` leaves out."""
+
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("planes", [False, True])
+    @pytest.mark.parametrize("out_features", [16, 48, 4432])
+    @pytest.mark.parametrize("rows", [1, 3, 8])
+    def test_blocks_that_finish_no_tile_or_many(self, cluster: int, planes: bool, out_features: int, rows: int) -> None:
+        case, plan = Case(out_features, 2848), whole(Launch(2, 3, 3, 2, 0, planes=planes, cluster=cluster), 2848)
+        x, norm_weight = case.x(rows, 2848) / 64, case.x(2848, seed=6)
+        normed = functional.rms_norm(x.double(), (2848,), norm_weight.double(), 1e-2)
+        for bits, fused, expected in ((2, Fused(), x.double()), (3, Fused(norm_weight, 1e-2), normed)):
+            out = torch.full((rows, out_features), torch.nan, device="cuda", dtype=x.dtype)
+            done = product.multiply(x, Operand.of(case.weight, bits), fused, out, plan)
+            exact = (expected @ case.exact(bits).T)[:done]
+            assert (out[:done].double() - exact).norm() / exact.norm() < 2 * TOLERANCE[x.dtype]
+
+    @pytest.mark.parametrize("bits", [2, 4, 5, 7])
+    @pytest.mark.parametrize("rows", [1, 3, 8])
+    def test_tables_of_groups(self, cluster: int, bits: int, rows: int) -> None:
+        case, plan = Case(200, 2848, 96), whole(Launch(2, 2, 2, 1, 1, cluster=cluster), 2848)
+        x, out = case.x(rows, 2848), torch.full((rows, 200), torch.nan, device="cuda", dtype=torch.float16)
+        done = product.multiply(x, Operand.of(case.weight, bits), Fused(), out, plan)
+        case.check(out[:done], x[:done], bits)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 96])

@@ -72,6 +72,7 @@ def test_a_block_of_a_cluster_has_memory_for_its_own_columns_alone(plan: Launch,
         (Launch(5, 3, rows=2), 16, (2, False)),
         (Launch(4, 2, rows=1), 16, (2, False)),
         (Launch(4, 2, rows=1, planes=True), 8, (6, False)),
+        (Launch(3, 2, rows=2), 6, (6, False)),
         (Launch(3, 3, rows=1, planes=True), 12, (6, False)),
         (Launch(13, 1, rows=1, planes=True), 16, (4, True)),
         (Launch(17, 1, rows=2), 16, (2, False)),
@@ -80,6 +81,25 @@ def test_a_block_of_a_cluster_has_memory_for_its_own_columns_alone(plan: Launch,
 def test_few_warps_have_more_registers(plan: Launch, max_warps: int, chunk: tuple[int, bool]) -> None:
     variant = Variant.of(replace(plan, blocks=132), 2, torch.float16, Fused(), (4096, 11008), 1)
     assert (variant.max_threads, variant.chunk, variant.once) == (32 * max_warps, *chunk)
+
+
+@pytest.mark.parametrize(
+    ("plan", "bits", "steps"),
+    [
+        (Launch(11, 1, rows=1), 2, 2 * 4),  # 43 steps among 11 warps, two tiles of a block
+        (Launch(11, 2, rows=1), 2, 4),
+        (Launch(22, 1, rows=1, cluster=2), 2, 4 * 2),  # four tiles of two blocks
+        (Launch(11, 1, rows=8), 3, 2 * 4),  # all rows by look-up
+        (Launch(11, 1, rows=8, planes=True), 2, 2 * 2 * 4),  # four rows at a time
+        (Launch(11, 1, rows=8, planes=True), 3, 4 * 2 * 4),
+        (Launch(11, 1, rows=2, planes=True), 4, 2 * 2 * 4),
+    ],
+)
+def test_a_warp_that_has_all_its_steps_under_way_is_compiled_so(plan: Launch, bits: int, steps: int) -> None:
+    for stages in (steps - 1, steps, steps + 1):
+        launched = replace(plan, stages=stages, blocks=128)
+        variant = Variant.of(launched, bits, torch.float16, Fused(), (4096, 11008), 1)
+        assert variant.whole == (stages >= steps)
 
 
 def test_a_measured_shape_gets_what_was_fastest_for_it() -> None:
