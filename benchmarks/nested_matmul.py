@@ -2,7 +2,7 @@
 
     python benchmarks/nested_matmul.py                       writes benchmarks/results/nested_matmul.csv and .png
     python benchmarks/nested_matmul.py --providers pmpd cublas-fp16 --shapes 4096x4096
-    python benchmarks/nested_matmul.py --figure              draws the figure from the CSV; needs no GPU
+    python benchmarks/nested_matmul.py --figure              the figure, and docs/kernels.md's tables; needs no GPU
 
 Each time is of one CUDA graph that runs the operation over many weight buffers, so that nothing stays in the L2 cache,
 divided by the number of buffers; launch gaps inside the graph count. Median, 20th and 80th percentile of the replays.
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from product_tables import write_page
 from products import RESULTS, ROWS, SHAPES, Case, Table, cases, draw, report, shape
 
 ROTATED_BYTES = 200e6
@@ -245,6 +246,8 @@ def main() -> None:
         measure(args.providers, args.shapes, commit, args.results)
     report(args.results)
     draw(args.results)
+    if args.results == RESULTS:
+        write_page(args.results)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """The tables and the figures of what ``quantisers.py``, its peers and ``quantiser_schedules.py`` wrote.
 
 python benchmarks/plot_quantisers.py          reads and writes docs/results, and the marked tables of docs/quantisers.md
-
-A marked table stands between ``<!-- table NAME -->`` and ``<!-- end -->``: nobody writes there by hand.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from pages import filled
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 PAGE = RESULTS.parent / "quantisers.md"
@@ -160,15 +158,6 @@ def read_schedules(results: Path) -> pd.DataFrame:
     rows = pd.read_csv(results / "quantiser_schedules.csv")
     most = rows.groupby(["quantizer", "schedule"]).stretches.transform("max")
     return rows[rows.stretches == most]
-
-
-def filled(page: str, tables: dict[str, str]) -> str:
-    """``page`` with each marked table replaced."""
-
-    def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{tables[match[2]]}\n<!-- end -->"
-
-    return re.sub(r"(<!-- table ([a-z0-9-]+) -->)\n.*?<!-- end -->", replace, page, flags=re.DOTALL)
 
 
 def tables_of(results: Path) -> dict[str, str]:

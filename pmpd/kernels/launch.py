@@ -23,11 +23,11 @@ DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
-KERNEL_WARPS = (6, 8, 12, 16)
-"""Of a block, that a kernel is compiled for: with more warps a thread has fewer registers."""
-MAX_WARPS = max(KERNEL_WARPS)
-LOOKUP_CHUNKS = dict(zip(KERNEL_WARPS, (6, 6, 4, 2), strict=True))
-"""Steps of x that a warp has in registers then, by look-up, where tables wait in them too."""
+PLANES_WARPS = (6, 8, 12, 16)
+"""Of a block, that a kernel by bit planes is compiled for: with more warps a thread has fewer registers."""
+LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
+"""The same by look-up, and how many steps of x a warp has in registers then, where tables wait in them too."""
+MAX_WARPS = max(PLANES_WARPS)
 PLANES_MAX_BITS = 4
 """The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
 RESERVED_BYTES = 1024
@@ -80,7 +80,8 @@ class Launch:
         """
         if not self.planes and self.capacity == 1:
             return MAX_WARPS
-        return next((most for most in KERNEL_WARPS if self.warps <= most), MAX_WARPS)
+        compiled = PLANES_WARPS if self.planes else LOOKUP_CHUNKS
+        return next((most for most in compiled if self.warps <= most), MAX_WARPS)
 
     def chunk(self, in_features: int) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""
