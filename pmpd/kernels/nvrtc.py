@@ -151,6 +151,11 @@ def cubin(source: str, options: Sequence[str], architecture: str) -> bytes:
         CudaUnavailableError: no NVRTC.
         RuntimeError: a source that does not compile.
     """
+    return build(source, options, architecture)[0]
+
+
+def build(source: str, options: Sequence[str], architecture: str) -> tuple[bytes, str]:
+    """As :func:`cubin`, with the compiler's log (of ``--ptxas-options=-v``: registers and spills)."""
     library = _nvrtc()
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space", *options]
     program = ctypes.c_void_p()
@@ -160,18 +165,17 @@ def cubin(source: str, options: Sequence[str], architecture: str) -> bytes:
     try:
         encoded = [flag.encode() for flag in flags]
         result = library.nvrtcCompileProgram(program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded))
+        size = ctypes.c_size_t()
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, text)
         if result:
-            size = ctypes.c_size_t()
-            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            text = ctypes.create_string_buffer(size.value)
-            library.nvrtcGetProgramLog(program, text)
             reason = library.nvrtcGetErrorString(result).decode()
             raise RuntimeError(f"NVRTC {'.'.join(map(str, nvrtc_version()))}: {reason}\n{text.value.decode()}")
-        size = ctypes.c_size_t()
         library.nvrtcGetCUBINSize(program, ctypes.byref(size))
         code = ctypes.create_string_buffer(size.value)
         library.nvrtcGetCUBIN(program, code)
-        return code.raw
+        return code.raw, text.value.decode()
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
