@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import re
 import statistics
 from collections.abc import Callable
@@ -113,13 +114,14 @@ def test_the_kernels_page_says_how_far_the_targets_were_reached(microseconds: Ca
         return [microseconds(peer, bits, 1, *p) / microseconds("pmpd", bits, 1, *p) for p in products]
 
     for name, peer, tail in (
-        ("any-precision", "any-precision", "none slower (least {:.2f}x)"),
-        ("AnyBCQ", "anybcq", "no shape below {:.2f}x"),
+        ("any-precision", "any-precision", "{slower} slower (least {least:.2f}x)"),
+        ("AnyBCQ", "anybcq", "no shape below {least:.2f}x"),
     ):
         ratios = [over(peer, bits) for bits in (2, 3, 4)]
-        means, least = (f"{statistics.geometric_mean(r):.2f}x" for r in ratios), min(map(min, ratios))
+        means, every = (f"{statistics.geometric_mean(r):.2f}x" for r in ratios), sorted(itertools.chain(*ratios))
+        tail = tail.format(least=every[0], slower=sum(ratio < 1 for ratio in every) or "none")
         [reached] = re.findall(rf"^\| {name}: 1\.\d.* \| (.*) \|$", page, re.MULTILINE)
-        assert reached == f"{', '.join(means)}; {tail.format(least)}"
+        assert reached == f"{', '.join(means)}; {tail}"
     shares = [
         f"{out_features * 4096 * bits / 8e3 / microseconds('pmpd', bits, 1, out_features, 4096) / copied:.0%}"
         for bits in (3, 4, 2)

@@ -98,7 +98,7 @@ class Launch:
 
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
         """Shared memory of a block: what has a fixed size, rings of weights, columns of x, sums, scales and tables."""
-        fixed = 128 * _up(12 * self.capacity * self.max_warps + 8 + 4 * self.cluster * self.capacity, 128)
+        fixed = fixed_bytes(self.capacity, self.max_warps, self.cluster)
         tiles, steps = _up(_up(out_features, TILE), self.blocks // self.cluster), _up(in_features, STEP)
         ring = self.warps * self.stages * TILE * STEP * bits // 8
         if self.cluster > 1:
@@ -107,6 +107,11 @@ class Launch:
         partial = tiles * (self.splits // self.cluster + self.cluster - 1)
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
         return fixed + ring + columns + partial * self.capacity * TILE * 4 + tiles * (TILE * 8 + tables)
+
+
+def fixed_bytes(rows: int, warps: int, cluster: int) -> int:
+    """Shared memory that no shape changes: for each row three numbers a warp and one a block, and a barrier."""
+    return 128 * _up(rows * (12 * warps + 4 * cluster) + 8, 128)
 
 
 def reserved_bytes(shared: int, *, alone: bool) -> int:

@@ -7,6 +7,7 @@ struct __align__(128) Fixed {
     u64 barrier;                   // of the inbox
     float squares[CLUSTER][ROWS];  // of the other blocks; the last line is unused, as no array may be empty
 };
+static_assert(sizeof(Fixed) == FIXED_BYTES, "launch.py has another size");
 
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for

@@ -141,7 +141,8 @@ struct Sums {
         slot_is_read();
         #pragma unroll
         for (int m = 0; m < WARP_ROWS; m++) {
-            const uint4 b = *reinterpret_cast<const uint4*>(x.mine + (first_row + m) * DIGITS * x.pitch + step * KEPT_STEP * DIGITS);
+            const u8* from = x.mine + (first_row + m) * DIGITS * x.pitch + step * KEPT_STEP * DIGITS;
+            const uint4 b = *reinterpret_cast<const uint4*>(from);
             #pragma unroll
             for (int set = 1; set < SETS; set++) {
                 u32 product[4];
@@ -177,13 +178,14 @@ struct Sums {
                     const int(&n)[DIGITS][4] = count[set][m];
                     const int low = n[0][2 * half] + second * n[0][2 * half + 1];
                     const int high = n[1][2 * half] + second * n[1][2 * half + 1];
-                    const float4& four = c[set / 4];
-                    all += (set % 4 == 0 ? four.x : set % 4 == 1 ? four.y : set % 4 == 2 ? four.z : four.w) * float(low + 256 * high);
+                    const float4& of = c[set / 4];
+                    const float factor = set % 4 == 0 ? of.x : set % 4 == 1 ? of.y : set % 4 == 2 ? of.z : of.w;
+                    all += factor * float(low + 256 * high);
                 }
                 sum[2 * m + half] = all * float(1 << (2 * t));
             }
         }
-        // The quad's lanes have parts of the same sums. Neighbours divide these up, then next but ones theirs: each gives away half.
+        // The quad's lanes have parts of the same sums. Neighbours divide these up, then next but ones: each gives away half.
         #pragma unroll
         for (int i = 0; i < WARP_ROWS; i++) sum[i] = exchanged(sum[2 * i], sum[2 * i + 1], t & 1, 1);
         if (WARP_ROWS == 1) sum[0] += __shfl_xor_sync(~0u, sum[0], 2);

@@ -7,7 +7,7 @@
 // for each group_size columns, else for each row); STAGES steps of weights that a warp has under way, which are all of its
 // own if WHOLE is 1; RAGGED 0 or 1 (columns that STEP does not divide); CHUNK steps of x that a warp has in registers at
 // once, which are all of its own if ONCE is 1; MAX_THREADS of a block: 192, 256, 384 or 512; CLUSTER blocks that share
-// tiles, 1 below compute capability 9.0.
+// tiles, 1 below compute capability 9.0; FIXED_BYTES of a block's shared memory, whose layout launch.py has.
 // Short kernels wait for their own instructions, so what a shape does not need is left out.
 // Nothing is included: NVRTC comes without CUDA's headers.
 

@@ -252,6 +252,7 @@ class Variant:
             "ONCE": self.once,
             "MAX_THREADS": self.max_threads,
             "CLUSTER": self.cluster,
+            "FIXED_BYTES": launch.fixed_bytes(self.rows, self.max_threads // 32, self.cluster),
         }
         return [f"-D{name}={int(value)}" for name, value in choices.items()]
 

@@ -140,12 +140,6 @@ def test_a_processor_takes_one_block_of_a_kind_and_two_of_attention(heads_a_key_
     assert other + 3 * attention > processor, "three blocks of attention beside a product"
 
 
-@pytest.mark.parametrize("shared", [shared for _, shared in GPUS])
-def test_what_is_reserved_is_there(shared: int) -> None:
-    for alone in (True, False):
-        assert 0 <= launch.reserved_bytes(shared, alone=alone) <= shared
-
-
 @pytest.mark.parametrize(("clusters", "in_features"), [(False, 65536), (True, 131072)])
 def test_a_reduction_too_long_for_the_gpu_is_refused(clusters: bool, in_features: int) -> None:
     """Two blocks of a cluster have room for twice as much."""
