@@ -28,8 +28,10 @@ PLANES_WARPS = (6, 8, 12, 16)
 LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
 """The same by look-up, and how many steps of x a warp has in registers then, where tables wait in them too."""
 MAX_WARPS = max(PLANES_WARPS)
-PLANES_MAX_BITS = 4
-"""The method of bit planes takes 2**bits - 1 products of planes: above, more than look-up takes."""
+PLANES_ROWS = {2: 4, 3: 2, 4: 1}
+"""Rows of x that a warp multiplies at once by bit planes, which takes 2**bits - 1 products of planes for each."""
+PLANES_MAX_BITS = max(PLANES_ROWS)
+"""Above, bit planes would take more than look-up takes."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory, beside what a block may have."""
 
@@ -91,9 +93,8 @@ class Launch:
 
     def whole(self, bits: int, out_features: int, in_features: int) -> bool:
         """Whether ``stages`` are all the steps of weights that a warp has."""
-        most_rows = {2: 4, 3: 2}.get(bits, 1) if self.planes else self.capacity
         tiles = _up(_up(out_features, TILE), self.blocks // self.cluster)
-        shares = tiles * _up(self.capacity, most_rows)
+        shares = tiles * self.capacity // warp_rows(bits, self.capacity, planes=self.planes)
         return _up(shares, self.teams) * _up(_up(in_features, STEP), self.splits) <= self.stages
 
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
@@ -107,6 +108,11 @@ class Launch:
         partial = tiles * (self.splits // self.cluster + self.cluster - 1)
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
         return fixed + ring + columns + partial * self.capacity * TILE * 4 + tiles * (TILE * 8 + tables)
+
+
+def warp_rows(bits: int, rows: int, *, planes: bool) -> int:
+    """Rows of x that a warp multiplies by a tile: by bit planes as many as its registers have counts for."""
+    return min(rows, PLANES_ROWS[bits]) if planes else rows
 
 
 def fixed_bytes(rows: int, warps: int, cluster: int) -> int:

@@ -2,7 +2,6 @@
 // of x. Every precision, any number of rows of x, tables of groups.
 
 constexpr int NT = (ROWS * DIGITS + 7) / 8;  // mma of 8 columns
-constexpr int WARP_ROWS = ROWS, SHARES = 1;   // rows of x that a warp multiplies by a tile; how many such parts x has
 constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
 constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of a row

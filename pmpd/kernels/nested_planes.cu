@@ -9,9 +9,6 @@
 
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
-// Rows of x that a warp multiplies by a tile, as many as its registers have counts for; how many such parts x has.
-constexpr int MOST_ROWS = BITS == 2 ? 4 : BITS == 3 ? 2 : 1, WARP_ROWS = ROWS < MOST_ROWS ? ROWS : MOST_ROWS;
-constexpr int SHARES = ROWS / WARP_ROWS;
 constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
 constexpr int MOST_FOR_TWO = MAX_THREADS == 192 ? 15 : MAX_THREADS == 256 ? 12 : 7;

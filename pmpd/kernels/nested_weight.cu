@@ -2,12 +2,13 @@
 // nested_planes.cu, followed by nested_input.cu, nested_matmul.cu and, with look-up, nested_decode.cu. device.py explains
 // the storage, cuda.py the design.
 //
-// Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8; BFLOAT 0 or 1; NORM 0 or 1 (RMSNorm of
-// x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is silu(gate) * up); GROUPED 0 or 1 (a table
-// for each group_size columns, else for each row); STAGES steps of weights that a warp has under way, which are all of its
-// own if WHOLE is 1; RAGGED 0 or 1 (columns that STEP does not divide); CHUNK steps of x that a warp has in registers at
-// once, which are all of its own if ONCE is 1; MAX_THREADS of a block: 192, 256, 384 or 512; CLUSTER blocks that share
-// tiles, 1 below compute capability 9.0; FIXED_BYTES of a block's shared memory, whose layout launch.py has.
+// Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8, of which a warp multiplies WARP_ROWS by a tile;
+// BFLOAT 0 or 1; NORM 0 or 1 (RMSNorm of x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is
+// silu(gate) * up); GROUPED 0 or 1 (a table for each group_size columns, else for each row); STAGES steps of weights that a
+// warp has under way, which are all of its own if WHOLE is 1; RAGGED 0 or 1 (columns that STEP does not divide); CHUNK steps
+// of x that a warp has in registers at once, which are all of its own if ONCE is 1; MAX_THREADS of a block: 192, 256, 384 or
+// 512; CLUSTER blocks that share tiles, 1 below compute capability 9.0; FIXED_BYTES of a block's shared memory, whose layout
+// launch.py has.
 // Short kernels wait for their own instructions, so what a shape does not need is left out.
 // Nothing is included: NVRTC comes without CUDA's headers.
 
@@ -24,6 +25,7 @@ constexpr int PAIR_BYTES = TILE * STEP / 4;
 constexpr int PLANE_BYTES = TILE * STEP / 8;
 constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
 constexpr int DIGITS = 2;  // of an input
+constexpr int SHARES = ROWS / WARP_ROWS;  // of a tile's work, by rows of x
 static_assert(STEP % CLUSTER == 0, "a block keeps every CLUSTER-th step");
 constexpr int KEPT_STEP = STEP / CLUSTER;  // columns in the memory of x from one step to the next: others' are not kept
 constexpr int BASE = BITS == 4 || BITS == 5 ? 128 : 256;  // of a table's digits
