@@ -1,6 +1,6 @@
 """Registers of the programs that products get, and which of them spill. It needs NVRTC (PyTorch's CUDA wheel), no GPU.
 
-    python benchmarks/registers.py                       2 to 8 bits, 1 to 8 rows of x: half an hour on two cores
+    python benchmarks/registers.py                       2 to 8 bits, 1 to 8 rows of x: some ten minutes on two cores
     python benchmarks/registers.py --bits 2 --rows 1 2
 
 A program that spills a few bytes can take a quarter longer (docs/kernels.md), and sweeps see none of those that begin
