@@ -28,6 +28,7 @@ from launch_choices import (
     fit,
     methods,
     queues,
+    times,
 )
 from products import Case
 
@@ -45,7 +46,7 @@ MORE_WARPS = [(2, 6), (4, 3), (4, 4), (7, 2), (8, 2), (11, 1), (16, 1)]
 def axes(bits: int, method: Method, in_features: int) -> list[Changes]:
     """Choices of each axis that a descent goes along."""
     pairs = WARPS[method.planes] + (MORE_WARPS if method.planes and bits == 2 else [])
-    return [divide(pairs, method, in_features), queues(QUEUES), [{"late": late} for late in TIMES]]
+    return [divide(pairs, method, in_features), queues(QUEUES), times(TIMES)]
 
 
 @dataclass

@@ -24,12 +24,12 @@ from pmpd.kernels.launch import Launch
 RESULTS = Path(launch.__file__).parent / "launches.csv"
 COLUMNS = [
     *("chain", "bits", "m", "out_features", "in_features", "processors", "planes", "cluster"),
-    *("splits", "teams", "stages", "early", "late", "alone", "median", "gpu", "versions", "commit"),
+    *("splits", "teams", "stages", "early", "hold", "late", "alone", "median", "gpu", "versions", "commit"),
 ]
-QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 1), (4, 2), (6, 2), (6, 4), (8, 4), (8, 6)]
+QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 2), (4, 4), (6, 2), (6, 4), (6, 6), (8, 4)]
 """Stages, and of these early."""
-TIMES = (1, 0, 2)
-"""When the next kernel may come: ``Launch.late``."""
+TIMES = [(1, 0), (0, 0), (0, 250), (0, 500), (0, 1000), (2, 0)]
+"""When the next kernel may come, ``Launch.late``, and when it asks for its weights, ``Launch.hold``."""
 START = Launch(4, 2, 3, 2)
 """Which choices change."""
 
@@ -77,6 +77,10 @@ def divide(pairs: Iterable[tuple[int, int]], method: Method, in_features: int) -
 
 def queues(pairs: Iterable[tuple[int, int]]) -> Changes:
     return [{"stages": stages, "early": early} for stages, early in pairs]
+
+
+def times(pairs: Iterable[tuple[int, int]]) -> Changes:
+    return [{"late": late, "hold": hold} for late, hold in pairs]
 
 
 def every(start: Launch, choices: list[Changes]) -> Iterator[Launch]:
@@ -128,7 +132,7 @@ class Table:
         row = self.record | {
             **{"chain": chain, "bits": case.bits, "m": case.m, "processors": processors, "median": f"{us:.3f}"},
             **{"out_features": case.out_features, "in_features": case.in_features},
-            **{key: str(int(getattr(plan, key))) for key in COLUMNS[6:14]},
+            **{key: str(int(getattr(plan, key))) for key in COLUMNS[6:15]},
         }
         self.rows[_key(row)] = row
         sys.stdout.write(f"{case} chain {chain}: {us:.2f} us {plan}\n")

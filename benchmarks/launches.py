@@ -41,6 +41,7 @@ from launch_choices import (
     fit,
     methods,
     queues,
+    times,
 )
 from nested_matmul import REPLAYS, inputs, pmpd_weights, replay_us
 from products import SHAPES, Case, shape
@@ -55,7 +56,7 @@ FEW_QUEUES = [(1, 1), (2, 2), (3, 3), (4, 2)]
 """Of these what every division of the work is tried with."""
 FINALISTS = 8
 """Fastest launches, whose divisions of the work are tried further, and which are timed again."""
-FEW_TIMES = (1, 0)
+FEW_TIMES = [(1, 0), (0, 0), (0, 500)]
 """Of ``TIMES`` what every division of the work is tried with."""
 FEW_REPLAYS = 4
 """For the time of a launch that may become one of them."""
@@ -96,11 +97,10 @@ class Search:
         return divisions(self.method, self.case.in_features)
 
     def plans(
-        self, divided: Changes, pairs: Sequence[tuple[int, int]], late: Sequence[int], alone: Sequence[bool]
+        self, divided: Changes, pairs: Sequence[tuple[int, int]], late: Sequence[tuple[int, int]], alone: Sequence[bool]
     ) -> set[Launch]:
         """Launches that this GPU has the memory for as they are, if perhaps with more blocks."""
-        more = [[{name: value} for value in values] for name, values in (("late", late), ("alone", alone))]
-        wanted = every(START, [divided, queues(pairs), *more])
+        wanted = every(START, [divided, queues(pairs), times(late), [{"alone": value} for value in alone]])
         return {plan for plan in wanted if self._fits(plan)}
 
     @property

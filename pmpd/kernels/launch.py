@@ -48,6 +48,7 @@ class Launch:
     planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
     cluster: blocks that share tiles, each with a part of the ``splits``; a block has room for its own columns of x
         alone.
+    hold: clocks that the early steps wait, for the x of the kernel before not to queue behind them.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -60,6 +61,7 @@ class Launch:
     alone: bool = False
     planes: bool = False
     cluster: int = 1
+    hold: int = 0
     blocks: int = 0
     rows: int = MAX_ROWS
 
@@ -85,6 +87,15 @@ class Launch:
         compiled = PLANES_WARPS if self.planes else LOOKUP_CHUNKS
         return next((most for most in compiled if self.warps <= most), MAX_WARPS)
 
+    def most_tiles(self, out_features: int) -> int:
+        """Of a cluster."""
+        return _up(_up(out_features, TILE), self.blocks // self.cluster)
+
+    def kept_steps(self, in_features: int) -> int:
+        """Steps of x that a block has room for: those of its own splits."""
+        steps = _up(in_features, STEP)
+        return steps if self.cluster == 1 else _up(steps, self.splits) * (self.splits // self.cluster)
+
     def chunk(self, in_features: int) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""
         most = max(CHUNKS) if self.planes else LOOKUP_CHUNKS[self.max_warps]
@@ -93,18 +104,15 @@ class Launch:
 
     def whole(self, bits: int, out_features: int, in_features: int) -> bool:
         """Whether ``stages`` are all the steps of weights that a warp has."""
-        tiles = _up(_up(out_features, TILE), self.blocks // self.cluster)
-        shares = tiles * self.capacity // warp_rows(bits, self.capacity, planes=self.planes)
+        shares = self.most_tiles(out_features) * self.capacity // warp_rows(bits, self.capacity, planes=self.planes)
         return _up(shares, self.teams) * _up(_up(in_features, STEP), self.splits) <= self.stages
 
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
         """Shared memory of a block: what has a fixed size, rings of weights, columns of x, sums, scales and tables."""
         fixed = fixed_bytes(self.capacity, self.max_warps, self.cluster)
-        tiles, steps = _up(_up(out_features, TILE), self.blocks // self.cluster), _up(in_features, STEP)
+        tiles = self.most_tiles(out_features)
         ring = self.warps * self.stages * TILE * STEP * bits // 8
-        if self.cluster > 1:
-            steps = _up(steps, self.splits) * (self.splits // self.cluster)
-        columns = self.capacity * DIGITS * (steps * STEP + 16)
+        columns = self.capacity * DIGITS * (self.kept_steps(in_features) * STEP + 16)
         partial = tiles * (self.splits // self.cluster + self.cluster - 1)
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
         return fixed + ring + columns + partial * self.capacity * TILE * 4 + tiles * (TILE * 8 + tables)
@@ -216,6 +224,7 @@ def parse(row: dict[str, str]) -> Measured:
         teams=int(row["teams"]),
         stages=int(row["stages"]),
         early=int(row["early"]),
+        hold=int(row["hold"]),
         late=int(row["late"]),
         alone=row["alone"] == "1",
         planes=row["planes"] == "1",

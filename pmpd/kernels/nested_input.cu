@@ -143,7 +143,7 @@ __device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const In
     if (ROWS == 1) {
         if (team == 0) row(0);
     } else {
-        #pragma unroll 1
+        #pragma unroll ROWS_AHEAD
         for (int m = team; m < in.rows; m += teams) row(m);
     }
 }

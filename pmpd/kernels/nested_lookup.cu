@@ -6,6 +6,7 @@ constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
 constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of a row
 constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
+constexpr int ROWS_AHEAD = ROWS >= 4 ? 2 : 1;  // of x that instructions are laid out for
 constexpr int STRIDE = 1;  // bytes in the memory of x from one column to the next
 
 __device__ __forceinline__ void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -30,14 +31,34 @@ __device__ __forceinline__ const u8* group_tables(const Weight& w, int tile, int
     int group = GROUPED ? min(unit * UNIT + 32 * t, w.in_features - 32) / w.group_size : 0;
     return w.tables + size_t(tile * w.groups + group) * (TILE * TABLE_BYTES);
 }
+// The upper half of a word whose halves are finite numbers in half precision (bits 10 to 14 are not all set), as a product:
+// those are another pipe's work, and looking up has enough of its own.
+struct UpperHalf {
+    u32 ones = 0x3c003c00;
+
+    __device__ __forceinline__ UpperHalf() { asm volatile("" : "+r"(ones)); }  // or it would become a shift again
+    __device__ __forceinline__ u32 operator()(u32 word) const {
+        u32 d;
+        asm("{ .reg .b16 low, high; .reg .b32 twice; mov.b32 {low, high}, %1; mov.b32 twice, {high, high};"
+            "  mul.rn.f16x2 %0, twice, %2; }" : "=r"(d) : "r"(word), "r"(ones));
+        return d;
+    }
+};
+__device__ __forceinline__ u32 masked(u32 word, u32 mask) {  // here, not once for each shift of it
+    u32 d;
+    asm("and.b32 %0, %1, %2;" : "=r"(d) : "r"(word), "r"(mask));
+    return d;
+}
 // Eight weights of row g + 8 * half: columns 8 * part .. of the lane's 32. Nibble n of the selector is column 8 * part + n.
 __device__ __forceinline__ u32 low_planes(const Unit& x, int half, int part) {
     u32 word = half ? (part < 2 ? x.pairs.z : x.pairs.w) : (part < 2 ? x.pairs.x : x.pairs.y);
     return part & 1 ? word >> 2 : word;
 }
 __device__ __forceinline__ u32 plane_word(const Unit& x, int j, int half) { return half ? x.plane[j].y : x.plane[j].x; }
-__device__ __forceinline__ u32 third_plane(const Unit& x, int half, int part) {  // at bit 2 of each nibble
+// At bit 2 of each nibble. Of three planes bit 3 is zero: masked before the shift, which two parts share.
+__device__ __forceinline__ u32 third_plane(const Unit& x, int half, int part) {
     u32 word = plane_word(x, 0, half);
+    if (BITS == 3) word = masked(word, part < 2 ? 0x55555555u : 0xaaaaaaaau);
     return part == 0 ? word << 2 : part == 1 ? word : part == 2 ? word << 1 : word >> 1;
 }
 __device__ __forceinline__ u32 upper_plane(const Unit& x, int j, int half, int part) {  // at bit 3 of each nibble
@@ -49,20 +70,21 @@ struct Digits {  // high and low digits of eight weights, one byte each; of seve
     u32 high[EIGHTHS][2], low[EIGHTHS][2];
 };
 
-__device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, const u8* memory, int half, int part) {
+__device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, const UpperHalf& upper_half, const u8* memory, int half,
+                                         int part) {
     Digits d;
     const u32* row = table[half];
 #if BITS == 2
     u32 s = low_planes(x, half, part) & 0x33333333u;
     #pragma unroll
-    for (int k = 0; k < 2; k++, s >>= 16) {
+    for (int k = 0; k < 2; k++, s = upper_half(s)) {
         d.high[0][k] = permute(row[0], row[0], s);
         d.low[0][k] = permute(row[1], row[1], s);
     }
 #elif BITS == 3
-    u32 s = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u) & 0x77777777u;
+    u32 s = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u);
     #pragma unroll
-    for (int k = 0; k < 2; k++, s >>= 16) {
+    for (int k = 0; k < 2; k++, s = upper_half(s)) {
         d.high[0][k] = permute(row[0], row[1], s);
         d.low[0][k] = permute(row[2], row[3], s);
     }
@@ -109,12 +131,15 @@ __device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, cons
 
 
 // Scales and, unless they are of groups, tables of a block's rows into shared memory.
-__device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8* tables, const float2* scales, int rows) {
-    for (int i = threadIdx.x * 16; i < rows * 8; i += blockDim.x * 16)
+__device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8* tables, const float2* scales, int rows,
+                                            int thread, int threads) {
+    #pragma unroll 1
+    for (int i = thread * 16; i < rows * 8; i += threads * 16)
         copy16(reinterpret_cast<u8*>(to_scales) + i, reinterpret_cast<const u8*>(scales) + i);
-    for (int i = threadIdx.x * 16; i < rows * SHARED_TABLE_BYTES; i += blockDim.x * 16) copy16(to + i, tables + i);
+    #pragma unroll 1
+    for (int i = thread * 16; i < rows * SHARED_TABLE_BYTES; i += threads * 16) copy16(to + i, tables + i);
 }
-__device__ __forceinline__ void prepare_tables(u8*, float2*, int) {}  // they are used as they come
+__device__ __forceinline__ void prepare_tables(u8*, float2*, int, int, int) {}  // they are used as they come
 
 // Where this lane's eight columns of each of its warp's steps of x go: a row is DIGITS lines of `pitch` bytes.
 struct ColumnsOut {
@@ -151,6 +176,7 @@ struct ColumnsIn {
 // A warp's part of a tile's products.
 struct Sums {
     Table table;
+    UpperHalf upper_half;
     const u8* memory;
     int high[NT][4] = {}, low[NT][4] = {};
 
@@ -177,8 +203,8 @@ struct Sums {
                     b[n] = *reinterpret_cast<const uint4*>(x.row[n] + step * KEPT_STEP + u * UNIT + 16 * pair);
                 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    Digits r0 = lookup(now, table, memory + g * TABLE_BYTES, 0, 2 * pair + k);
-                    Digits r1 = lookup(now, table, memory + (g + 8) * TABLE_BYTES, 1, 2 * pair + k);
+                    Digits r0 = lookup(now, table, upper_half, memory + g * TABLE_BYTES, 0, 2 * pair + k);
+                    Digits r1 = lookup(now, table, upper_half, memory + (g + 8) * TABLE_BYTES, 1, 2 * pair + k);
                     #pragma unroll
                     for (int n = 0; n < NT; n++) {
                         u32 b0 = k ? b[n].z : b[n].x, b1 = k ? b[n].w : b[n].y;

@@ -11,25 +11,32 @@ static_assert(sizeof(Fixed) == FIXED_BYTES, "launch.py has another size");
 
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for
-// before the kernels before have ended. The next kernel may come at once if `late` is 0, once x is here if it is 1, once a
-// warp is at its last tile if it is 2. The `splits` warps that share a tile are of all CLUSTER blocks.
+// before the kernels before have ended, `hold` clocks after everything else. The next kernel may come at once if `late` is 0, once x is here if it is 1, once a
+// warp is at its last tile if it is 2. A block has 32 lanes x warps that share a tile (`splits` in all CLUSTER blocks) x teams;
+// `most_tiles` at most for a cluster, and keeps `kept` steps of x. (The host divides: here a division takes 25 instructions.)
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,
-              int group_size, int groups, int splits, int early, int late) {
+              int group_size, int groups, int most_tiles, int kept, int hold, int early,
+              int late) {
     extern __shared__ __align__(128) u8 shared[];
     Fixed& fixed = *reinterpret_cast<Fixed*>(shared);
     const Staged& staged = fixed.staged;
-    const int lane = threadIdx.x & 31;
-    const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps = blockDim.x >> 5;
-    const int rank = cluster_rank(), own_splits = splits / CLUSTER;
-    // A block's splits are every CLUSTER-th: split / CLUSTER is this one's place among them.
-    const int split = warp % own_splits * CLUSTER + rank, team = warp / own_splits, teams = warps / own_splits;
-    const int steps = (in_features + STEP - 1) / STEP, tiles = (out_features + TILE - 1) / TILE;
-    const int kept = CLUSTER > 1 ? (steps + splits - 1) / splits * own_splits : steps, pitch = kept * STEP + 16;
-    const u32 cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
-    const int first_tile = cluster * tiles / clusters, my_tiles = (cluster + 1) * tiles / clusters - first_tile;
-    const int most_tiles = (tiles - 1) / clusters + 1;
+    const int lane = threadIdx.x, team = __shfl_sync(~0u, threadIdx.z, 0), teams = blockDim.z;
+    const int own_splits = blockDim.y, splits = own_splits * CLUSTER, warps = own_splits * teams;
+    const int warp = __shfl_sync(~0u, threadIdx.y, 0) + team * own_splits;
+    const int thread = lane + 32 * warp, threads = 32 * warps;
+    const int rank = cluster_rank();
+    // A block's splits are every CLUSTER-th: `own` is this one's place among them. A processor's quarters have every fourth
+    // warp, so teams begin with different ones, as some have a step less.
+    int own = warp - team * own_splits;
+    if (own_splits % 4 == 0 && (own += team) >= own_splits) own -= own_splits;
+    const int split = own * CLUSTER + rank;
+    const int steps = u32(in_features + STEP - 1) / STEP, tiles = u32(out_features + TILE - 1) / TILE;
+    const int pitch = kept * STEP + 16;
+    const int cluster = blockIdx.x / CLUSTER, with_most = tiles - (most_tiles - 1) * (gridDim.x / CLUSTER);
+    const int first_tile = cluster * (most_tiles - 1) + min(cluster, with_most);
+    const int my_tiles = most_tiles - (cluster >= with_most);
     u8* const rings = shared + sizeof(Fixed);
     u8* ring = rings + warp * (STAGES * STEP_BYTES);
     u8* const ring_end = ring + STAGES * STEP_BYTES;
@@ -41,13 +48,13 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     u8* block_tables = reinterpret_cast<u8*>(block_scales + most_tiles * TILE);
     auto finished_by = [&](int block) { return (my_tiles - block + CLUSTER - 1) / CLUSTER; };  // tiles
     const Inbox inbox = {shared_address(&fixed.barrier)};
-    if (CLUSTER > 1 && threadIdx.x == 0)
+    if (CLUSTER > 1 && thread == 0)
         inbox.open((CLUSTER - 1) * sizeof(float) * ROWS * (finished_by(rank) * TILE + NORM));
     cluster_arrive();
 
     // Weights do not depend on earlier kernels: ask for them before waiting for those.
     copy_tables(block_tables, block_scales, tables + size_t(first_tile) * TILE * TABLE_BYTES, scales + first_tile * TILE,
-                my_tiles * TILE);
+                my_tiles * TILE, thread, threads);
     commit_copies();
 
     const Weight weight = {packed, tables, tiles, in_features, group_size, groups};
@@ -71,6 +78,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
             offset = load_item / SHARES * (in_features * 4) + split * PAIR_BYTES;
         }
     };
+    hold_back(hold);
     #pragma unroll 1
     for (int i = 0; i < early; i++) load_next();
     const int column = split * STEP + 8 * lane;
@@ -97,7 +105,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     if (late == 1) asm volatile("griddepcontrol.launch_dependents;");
 #endif
     wait_copies<STAGES>();
-    prepare_tables(block_tables, block_scales, my_tiles * TILE);
+    prepare_tables(block_tables, block_scales, my_tiles * TILE, thread, threads);
     __syncthreads();  // tables and columns are there
 
     cluster_wait();  // all blocks run and their inboxes are open
@@ -134,7 +142,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     for (int turn = 1; turn < CLUSTER; turn++) {
         const int finisher = (rank + turn) % CLUSTER;
         #pragma unroll 1
-        for (int i = threadIdx.x; i < finished_by(finisher) * ROWS * TILE / 4; i += blockDim.x) {
+        for (int i = thread; i < finished_by(finisher) * ROWS * TILE / 4; i += threads) {
             const int r = i % (TILE / 4) * 4, m = i / (TILE / 4) % ROWS, slot = i / (TILE / 4 * ROWS);
             const int local = slot * CLUSTER + finisher;
             float product[4] = {}, sum = 0, squares = 0;
@@ -160,7 +168,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     // splits; i counts lanes, then always of whole warps.
     constexpr int LANES = ROWS == 1 ? 4 : 1;
     #pragma unroll 1
-    for (int i = threadIdx.x; i < finished_by(rank) * ROWS * OUTPUTS * LANES; i += blockDim.x) {
+    for (int i = thread; i < finished_by(rank) * ROWS * OUTPUTS * LANES; i += threads) {
         const int r = i / LANES % OUTPUTS, m = i / (LANES * OUTPUTS) % ROWS, slot = i / (LANES * OUTPUTS * ROWS);
         const int local = slot * CLUSTER + rank;
         float product[PARTS] = {}, sum = 0, squares = 0, value[PARTS];

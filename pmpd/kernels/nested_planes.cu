@@ -9,6 +9,7 @@
 
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
+constexpr int ROWS_AHEAD = 1;
 constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
 constexpr int MOST_FOR_TWO = MAX_THREADS == 192 ? 15 : MAX_THREADS == 256 ? 12 : 7;
@@ -22,8 +23,9 @@ __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b
 
 // Scales and tables of a block's rows into shared memory. Each thread turns those that it copied into coefficients: the last
 // threads come first, as the last team has the fewest rows of x, if any.
-__device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8* tables, const float2* scales, int rows) {
-    for (int row = blockDim.x - 1 - threadIdx.x; row < rows; row += blockDim.x) {
+__device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8* tables, const float2* scales, int rows,
+                                            int thread, int threads) {
+    for (int row = threads - 1 - thread; row < rows; row += threads) {
         copy8(to_scales + row, scales + row);
         if (TABLE_BYTES == 8) copy8(to + row * SHARED_TABLE_BYTES, tables + row * TABLE_BYTES);
         #pragma unroll
@@ -31,9 +33,9 @@ __device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8*
     }
 }
 // Tables become coefficients of the sets, scales included, and scales 1 and the coefficient of the sum of x.
-__device__ __forceinline__ void prepare_tables(u8* tables, float2* scales, int rows) {
+__device__ __forceinline__ void prepare_tables(u8* tables, float2* scales, int rows, int thread, int threads) {
     #pragma unroll 1
-    for (int row = blockDim.x - 1 - threadIdx.x; row < rows; row += blockDim.x) {
+    for (int row = threads - 1 - thread; row < rows; row += threads) {
         u32 word[TABLE_BYTES / 4];
         #pragma unroll
         for (int i = 0; i < TABLE_BYTES / 4; i++) word[i] = reinterpret_cast<const u32*>(tables + row * SHARED_TABLE_BYTES)[i];

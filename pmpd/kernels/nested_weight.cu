@@ -67,6 +67,13 @@ template <int PENDING>
 __device__ __forceinline__ void wait_copies() {  // until at most so many groups are under way
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+// A kernel begins about when the one before it reads its x, which weights asked for at once would delay.
+__device__ __forceinline__ void hold_back(u32 clocks) {
+    u32 start, now;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(start));
+    do asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+    while (now - start < clocks);
+}
 // Blocks of a cluster, which write to each other's shared memory.
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank = 0;
@@ -189,15 +196,16 @@ __device__ __forceinline__ Unit read_unit(const u8* from, int u, int lane) {
     return x;
 }
 
-// 1.5 * 2^23 + 0x8080: adding it leaves the rounded integer in the low 16 bits, its two base-256 digits 128 too large.
-constexpr float ROUNDER = 12582912.0f + 32896.0f;
+// 1.5 * 2^23 + 0x80: adding it leaves the rounded integer, 128 too large, in the low 16 bits. So the upper byte is the upper of
+// its two balanced base-256 digits, and the lower byte 128 more than the lower one, modulo 256.
+constexpr float ROUNDER = 12582912.0f + 128.0f;
 constexpr float LARGEST_INTEGER = 32600.0f;
 
 // Low and high digits (signed bytes) of four such integers, and their sums added to `sums`.
 __device__ __forceinline__ void four_digits(u32 (&byte)[DIGITS], u32 n0, u32 n1, u32 n2, u32 n3, int (&sums)[DIGITS]) {
     u32 a = permute(n0, n1, 0x5140u), b = permute(n2, n3, 0x5140u);
     byte[0] = permute(a, b, 0x5410u) ^ 0x80808080u;
-    byte[1] = permute(a, b, 0x7632u) ^ 0x80808080u;
+    byte[1] = permute(a, b, 0x7632u);
     #pragma unroll
     for (int d = 0; d < DIGITS; d++) sums[d] = __dp4a(int(byte[d]), 0x01010101, sums[d]);
 }

@@ -76,7 +76,7 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
     module = _module(gpu.capability, Variant.of(plan, bits, x.dtype, fused, shape, weight.groups))
     module["nested_matmul"](
         (plan.blocks,),
-        (32 * plan.warps,),
+        (32, plan.splits // plan.cluster, plan.teams),
         x,
         weight.packed,
         weight.table,
@@ -91,7 +91,9 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
         weight.in_features,
         weight.group_size or weight.in_features,
         weight.groups,
-        plan.splits,
+        plan.most_tiles(shape[0]),
+        plan.kept_steps(shape[1]),
+        plan.hold,
         plan.early,
         plan.late,
         shared_bytes=max(plan.shared_bytes(bits, *shape, weight.groups), _reserved_bytes(plan, fused, gpu)),
