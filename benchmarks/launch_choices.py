@@ -26,10 +26,10 @@ COLUMNS = [
     *("chain", "bits", "m", "out_features", "in_features", "processors", "planes", "cluster"),
     *("splits", "teams", "stages", "early", "hold", "late", "alone", "median", "gpu", "versions", "commit"),
 ]
-QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 2), (4, 4), (6, 2), (6, 4), (6, 6), (8, 4)]
+QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (4, 2), (4, 4), (6, 4), (8, 4)]
 """Stages, and of these early."""
-TIMES = [(1, 0), (0, 0), (0, 250), (0, 500), (0, 1000), (2, 0)]
-"""When the next kernel may come, ``Launch.late``, and when it asks for its weights, ``Launch.hold``."""
+TIMES = [(1, 0), (0, 0), (0, 500), (0, 1000), (0, 2000), (2, 0)]
+"""When the next kernel may come, ``Launch.late``, and how long it waits with its weights, ``Launch.hold``."""
 START = Launch(4, 2, 3, 2)
 """Which choices change."""
 

@@ -52,11 +52,11 @@ from pmpd.kernels.launch import Launch
 SMALL_SHAPES = [(576, 576), (3072, 576), (576, 1536)]
 TEAMS = (1, 2, 3, 4, 6, 8)
 """Of warps, each with its own tiles."""
-FEW_QUEUES = [(1, 1), (2, 2), (3, 3), (4, 2)]
+FEW_QUEUES = [(2, 2), (4, 2), (4, 4)]
 """Of these what every division of the work is tried with."""
 FINALISTS = 8
 """Fastest launches, whose divisions of the work are tried further, and which are timed again."""
-FEW_TIMES = [(1, 0), (0, 0), (0, 500)]
+FEW_TIMES = [(1, 0), (0, 500)]
 """Of ``TIMES`` what every division of the work is tried with."""
 FEW_REPLAYS = 4
 """For the time of a launch that may become one of them."""

@@ -64,7 +64,7 @@ def test_a_search_finds_the_fastest_launch_that_fits_and_compiles_for_all_that_i
     search = launches.Search(case, method, GPU)
     small = shape[0] <= 16 * GPU.processors
     rare = [queue for queue in launches.QUEUES if queue not in launches.FEW_QUEUES]
-    possible = sorted(search.plans(search.divisions, rare, [(0, 1000)], [small]), key=repr)
+    possible = sorted(search.plans(search.divisions, rare, [(0, 2000)], [small]), key=repr)
     best = possible[len(possible) // 3]
     quick: list[Launch] = []
 
