@@ -9,7 +9,8 @@
 
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
-constexpr int ROWS_AHEAD = 1;
+// Rows of x that instructions are laid out for: two where that spills nothing.
+constexpr int ROWS_AHEAD = ROWS == 2 && (MAX_THREADS <= 256 || (MAX_THREADS == 384 && !NORM)) ? 2 : 1;
 constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
 constexpr int MOST_FOR_TWO = MAX_THREADS == 192 ? 15 : MAX_THREADS == 256 ? 12 : 7;

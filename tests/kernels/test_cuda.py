@@ -38,7 +38,7 @@ class TestProduct:
 
 
 LAUNCHES = [
-    Launch(splits, teams, stages, early, late, alone, planes, cluster)
+    Launch(splits, teams, stages, early, late, alone, planes, cluster, hold=500 if late == 0 else 0)
     for splits, teams, stages, early, late, alone in (
         (1, 1, 1, 1, 1, False),
         (2, 3, 2, 1, 0, False),
