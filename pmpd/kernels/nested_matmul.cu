@@ -78,7 +78,9 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
             offset = load_item / SHARES * (in_features * 4) + split * PAIR_BYTES;
         }
     };
-    hold_back(hold);
+#if __CUDA_ARCH__ >= 900
+    hold_back(hold);  // before, no kernel begins while another runs
+#endif
     #pragma unroll 1
     for (int i = 0; i < early; i++) load_next();
     const int column = split * STEP + 8 * lane;
