@@ -43,12 +43,14 @@ class Launch:
     teams: groups of ``splits`` warps, each with its own tiles; they also share the rows of x.
     stages: steps of weights that a warp has under way.
     early: of these, steps asked for before earlier kernels have ended.
-    late: when the next kernel may come: 0 at once, 1 once x is here, 2 once a warp is at its last tile.
+    late: when the next kernel may come: 0 once the early steps are asked for, 1 once x is here, 2 once a warp is at its
+        last tile.
     alone: let no two blocks of such kernels share a processor.
     planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
     cluster: blocks that share tiles, each with a part of the ``splits``; a block has room for its own columns of x
         alone.
-    hold: clocks that the early steps wait, for the x of the kernel before not to queue behind them.
+    hold: clocks that a block waits before it asks for its early steps, for the x of the kernel before not to queue
+        behind them; lost if that one has ended.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """

@@ -6,7 +6,7 @@ constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
 constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of a row
 constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
-// Rows of x that instructions are laid out for: two where that spills nothing.
+// Rows of x that instructions are laid out for: two where launches.csv has no float16 program that spills for it.
 constexpr int ROWS_AHEAD = ROWS >= 4 && (MAX_THREADS <= 256 || (BITS == 2 && !NORM)) ? 2 : 1;
 constexpr int STRIDE = 1;  // bytes in the memory of x from one column to the next
 

@@ -10,15 +10,15 @@ struct __align__(128) Fixed {
 static_assert(sizeof(Fixed) == FIXED_BYTES, "launch.py has another size");
 
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
-// or half of that if GATED; norm_weight, residual (as out) and bias may be null. `early` of the STAGES steps are asked for
-// before the kernels before have ended, `hold` clocks after everything else. The next kernel may come at once if `late` is 0, once x is here if it is 1, once a
-// warp is at its last tile if it is 2. A block has 32 lanes x warps that share a tile (`splits` in all CLUSTER blocks) x teams;
-// `most_tiles` at most for a cluster, and keeps `kept` steps of x. (The host divides: here a division takes 25 instructions.)
+// or half of that if GATED; norm_weight, residual (as out) and bias may be null. After `hold` clocks `early` of the STAGES
+// steps are asked for, before the kernels before have ended. The next kernel may come then if `late` is 0, once x is here if it
+// is 1, once a warp is at its last tile if it is 2. A block has 32 lanes x warps that share a tile (`splits` in all CLUSTER
+// blocks) x teams. A cluster has `most_tiles` tiles or one less, a block keeps `kept` steps of x. (The host divides: here a
+// division takes 25 instructions.)
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,
-              int group_size, int groups, int most_tiles, int kept, int hold, int early,
-              int late) {
+              int group_size, int groups, int most_tiles, int kept, int hold, int early, int late) {
     extern __shared__ __align__(128) u8 shared[];
     Fixed& fixed = *reinterpret_cast<Fixed*>(shared);
     const Staged& staged = fixed.staged;
@@ -28,7 +28,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     const int thread = lane + 32 * warp, threads = 32 * warps;
     const int rank = cluster_rank();
     // A block's splits are every CLUSTER-th: `own` is this one's place among them. A processor's quarters have every fourth
-    // warp, so teams begin with different ones, as some have a step less.
+    // warp, so teams begin with different ones, as some have a step less. (There are no more than 4 teams then.)
     int own = warp - team * own_splits;
     if (own_splits % 4 == 0 && (own += team) >= own_splits) own -= own_splits;
     const int split = own * CLUSTER + rank;

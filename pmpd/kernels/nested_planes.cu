@@ -9,7 +9,7 @@
 
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
-// Rows of x that instructions are laid out for: two where that spills nothing.
+// Rows of x that instructions are laid out for: two where launches.csv has no float16 program that spills for it.
 constexpr int ROWS_AHEAD = ROWS == 2 && (MAX_THREADS <= 256 || (MAX_THREADS == 384 && !NORM)) ? 2 : 1;
 constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.

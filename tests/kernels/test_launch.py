@@ -39,6 +39,10 @@ def test_every_product_fits_every_gpu(
                 assert plan.splits <= -(-in_features // launch.STEP)
                 assert plan.splits % plan.cluster == 0
                 assert plan.blocks % plan.cluster == 0
+                clusters, most = plan.blocks // plan.cluster, plan.most_tiles(out_features)
+                assert (most - 1) * clusters < -(-out_features // 16) <= most * clusters, "each has as many or one less"
+                own_splits = plan.splits // plan.cluster
+                assert plan.teams <= own_splits or own_splits % 4, "or teams cannot begin with different splits"
                 assert plan.cluster == 1 or can.get("clusters", True)
                 assert not plan.planes or (can.get("planes", True) and bits <= launch.PLANES_MAX_BITS)
 
