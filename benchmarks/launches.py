@@ -5,11 +5,11 @@
     python benchmarks/launches.py --same-divisions             keeps how the work is divided: quicker
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
-For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work among
-warps are tried with a few depths of the queue of weights, then the best of them, and the one that the table has, with
-all depths and all times for the next kernel to come; the fastest of all are timed again, longer. (A descent, one choice
-at a time, ends up to a fifth above that: the best queue of one division is not another's.) Products are timed as in
-nested_matmul.py; launch_chains.py has how it is done in a chain.
+For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work
+among warps are tried with a few depths of the queue of weights, then the best of them, and the one that the table
+has, with all depths, all times for the next kernel to come and all that weights may be held back; the fastest of all
+are timed again, longer. (A descent, one choice at a time, ends up to a fifth above that: the best queue of one
+division is not another's.) Products are timed as in nested_matmul.py; launch_chains.py has how it is done in a chain.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class Search:
         return divisions(self.method, self.case.in_features)
 
     def plans(
-        self, divided: Changes, pairs: Sequence[tuple[int, int]], late: Sequence[tuple[int, int]], alone: Sequence[bool]
+        self, divided: Changes, pairs: Sequence[tuple[int, int]], when: Sequence[tuple[int, int]], alone: Sequence[bool]
     ) -> set[Launch]:
         """Launches that this GPU has the memory for as they are, if perhaps with more blocks."""
-        wanted = every(START, [divided, queues(pairs), times(late), [{"alone": value} for value in alone]])
+        wanted = every(START, [divided, queues(pairs), times(when), [{"alone": value} for value in alone]])
         return {plan for plan in wanted if self._fits(plan)}
 
     @property

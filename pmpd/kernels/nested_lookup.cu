@@ -32,19 +32,14 @@ __device__ __forceinline__ const u8* group_tables(const Weight& w, int tile, int
     int group = GROUPED ? min(unit * UNIT + 32 * t, w.in_features - 32) / w.group_size : 0;
     return w.tables + size_t(tile * w.groups + group) * (TILE * TABLE_BYTES);
 }
-// The upper half of a word whose halves are finite numbers in half precision (bits 10 to 14 are not all set), as a product:
-// those are another pipe's work, and looking up has enough of its own.
-struct UpperHalf {
-    u32 ones = 0x3c003c00;
-
-    __device__ __forceinline__ UpperHalf() { asm volatile("" : "+r"(ones)); }  // or it would become a shift again
-    __device__ __forceinline__ u32 operator()(u32 word) const {
-        u32 d;
-        asm("{ .reg .b16 low, high; .reg .b32 twice; mov.b32 {low, high}, %1; mov.b32 twice, {high, high};"
-            "  mul.rn.f16x2 %0, twice, %2; }" : "=r"(d) : "r"(word), "r"(ones));
-        return d;
-    }
-};
+// The upper half of a word whose halves are finite numbers in half precision (bits 10 to 14 are not all set), times 1 in both
+// halves: products are another pipe's work, and looking up has enough of its own.
+__device__ __forceinline__ u32 upper_half(u32 word) {
+    u32 d;
+    asm("{ .reg .b16 low, high; .reg .b32 twice; mov.b32 {low, high}, %1; mov.b32 twice, {high, high};"
+        "  mul.rn.f16x2 %0, twice, %2; }" : "=r"(d) : "r"(word), "r"(0x3c003c00u));
+    return d;
+}
 __device__ __forceinline__ u32 masked(u32 word, u32 mask) {  // here, not once for each shift of it
     u32 d;
     asm("and.b32 %0, %1, %2;" : "=r"(d) : "r"(word), "r"(mask));
@@ -71,8 +66,7 @@ struct Digits {  // high and low digits of eight weights, one byte each; of seve
     u32 high[EIGHTHS][2], low[EIGHTHS][2];
 };
 
-__device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, const UpperHalf& upper_half, const u8* memory, int half,
-                                         int part) {
+__device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, const u8* memory, int half, int part) {
     Digits d;
     const u32* row = table[half];
 #if BITS == 2
@@ -177,7 +171,6 @@ struct ColumnsIn {
 // A warp's part of a tile's products.
 struct Sums {
     Table table;
-    UpperHalf upper_half;
     const u8* memory;
     int high[NT][4] = {}, low[NT][4] = {};
 
@@ -204,8 +197,8 @@ struct Sums {
                     b[n] = *reinterpret_cast<const uint4*>(x.row[n] + step * KEPT_STEP + u * UNIT + 16 * pair);
                 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    Digits r0 = lookup(now, table, upper_half, memory + g * TABLE_BYTES, 0, 2 * pair + k);
-                    Digits r1 = lookup(now, table, upper_half, memory + (g + 8) * TABLE_BYTES, 1, 2 * pair + k);
+                    Digits r0 = lookup(now, table, memory + g * TABLE_BYTES, 0, 2 * pair + k);
+                    Digits r1 = lookup(now, table, memory + (g + 8) * TABLE_BYTES, 1, 2 * pair + k);
                     #pragma unroll
                     for (int n = 0; n < NT; n++) {
                         u32 b0 = k ? b[n].z : b[n].x, b1 = k ? b[n].w : b[n].y;
