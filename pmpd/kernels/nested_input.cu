@@ -84,9 +84,10 @@ struct Staged {  // of each row of x and each of a block's splits
 // A split's columns of x (steps split, split + splits, ...) as balanced base-256 digits of integers, the largest of which is
 // LARGEST_INTEGER, where the method wants them. Not finite x makes outputs not finite. Teams share the rows.
 template <typename F>
-__device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const Input& in, int split, int splits, int team, int teams,
-                                      int lane, F&& once_loads_are_out) {
-    const int hop = splits * STEP, padded = in.left + 8 * lane;  // from the step's first column
+__device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const Input& in, int own, int own_splits, int split, int team,
+                                      int teams, int lane, F&& once_loads_are_out) {
+    const int kept_hop = own_splits * STEP, hop = CLUSTER * kept_hop;  // columns from one step to the next: in shared memory; in x
+    const int padded = in.left + 8 * lane;                             // from the step's first column
     Raw next;
     if (ROWS == 1) fetch(next, in, 0, 0, hop);
     else if (team < in.rows) fetch(next, in, team, 0, hop);
@@ -112,31 +113,30 @@ __device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const In
         }
         const float magnitude = largest.of_warp();
         const float inverse = magnitude < 1e-30f ? 0.0f : __fdividef(LARGEST_INTEGER, magnitude);
-        auto write = [&](int ahead) {
+        auto write = [&](int first) {
             #pragma unroll
             for (int c = 0; c < CHUNK; c++) {
                 u32 n[8];
                 #pragma unroll
                 for (int i = 0; i < 8; i++) n[i] = __float_as_uint(fmaf(v[c][i], inverse, ROUNDER));
-                out.put(m, ahead + c * hop, ahead + c * hop < padded, n, sums);
+                out.put(m, (first + c) * kept_hop, (first + c) * hop < padded, n, sums);
             }
         };
         if (ONCE) {
             write(0);
         } else {
             #pragma unroll 1
-            for (int ahead = 0; ahead < padded; ahead += CHUNK * hop) {
-                fetch(raw, in, m, ahead, hop);
+            for (int first = 0; first * hop < padded; first += CHUNK) {
+                fetch(raw, in, m, first * hop, hop);
                 #pragma unroll
-                for (int c = 0; c < CHUNK; c++) v[c].take(raw.x[c], in, ahead + c * hop, unused);
-                write(ahead);
+                for (int c = 0; c < CHUNK; c++) v[c].take(raw.x[c], in, (first + c) * hop, unused);
+                write(first);
             }
         }
         const int sum = __reduce_add_sync(~0u, sums[0] + 256 * sums[1]);
         if (NORM) squares = warp_sum(squares);
         if (lane == 0) {
             float step = magnitude * (1.0f / LARGEST_INTEGER);
-            const int own = split / CLUSTER;
             s.step[m][own] = step, s.sum[m][own] = step * float(sum), s.squares[m][own] = squares;
         }
     };

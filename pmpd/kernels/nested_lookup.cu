@@ -136,22 +136,24 @@ __device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8*
 }
 __device__ __forceinline__ void prepare_tables(u8*, float2*, int, int, int) {}  // they are used as they come
 
-// Where this lane's eight columns of each of its warp's steps of x go: a row is DIGITS lines of `pitch` bytes.
+// Where this lane's eight columns of each of its warp's steps of x go, the first of which is the block's step `own`: a row is
+// DIGITS lines of `pitch` bytes.
 struct ColumnsOut {
     u32 mine;  // in shared memory
     int pitch;
 
-    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane)
-        : mine(shared_address(memory + split * KEPT_STEP + 8 * lane)), pitch(pitch) {}
+    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int own, int lane)
+        : mine(shared_address(memory + own * STEP + 8 * lane)), pitch(pitch) {}
 
-    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first, if these are there. Adds their digits up.
+    // Integers (see ROUNDER) of row m, `ahead` of the block's columns after the warp's first, if these are there. Adds their
+    // digits up.
     __device__ __forceinline__ void put(int m, int ahead, bool there, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         u32 byte[2][DIGITS];
         #pragma unroll
         for (int q = 0; q < 2; q++) four_digits(byte[q], n[4 * q], n[4 * q + 1], n[4 * q + 2], n[4 * q + 3], sums);
         #pragma unroll
         for (int d = 0; d < DIGITS; d++)
-            store8(mine + (m * DIGITS + d) * pitch + u32(ahead) / CLUSTER, byte[0][d], byte[1][d], there);
+            store8(mine + (m * DIGITS + d) * pitch + ahead, byte[0][d], byte[1][d], there);
     }
 };
 
@@ -178,9 +180,9 @@ struct Sums {
         if (REGISTER_TABLE && !GROUPED) load_table(table, memory, g);
     }
 
-    // Adds the step whose weights are at `slot`; calls slot_is_read once they are in registers.
+    // Adds the block's step `kept`, the row's `step`, whose weights are at `slot`; calls slot_is_read once they are in registers.
     template <typename F>
-    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int step, int, const Weight& weight, int tile,
+    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int kept, int step, int, const Weight& weight, int tile,
                                         int lane, F&& slot_is_read) {
         const int g = lane >> 2;
         #pragma unroll
@@ -194,7 +196,7 @@ struct Sums {
                 uint4 b[NT];
                 #pragma unroll
                 for (int n = 0; n < NT; n++)
-                    b[n] = *reinterpret_cast<const uint4*>(x.row[n] + step * KEPT_STEP + u * UNIT + 16 * pair);
+                    b[n] = *reinterpret_cast<const uint4*>(x.row[n] + kept * STEP + u * UNIT + 16 * pair);
                 #pragma unroll
                 for (int k = 0; k < 2; k++) {
                     Digits r0 = lookup(now, table, memory + g * TABLE_BYTES, 0, 2 * pair + k);

@@ -85,9 +85,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     for (int i = 0; i < early; i++) load_next();
     const int column = split * STEP + 8 * lane;
     Input input = {x + column, norm_weight + column, rows, in_features, in_features - column};
-    // This warp's steps of x are at step_0 + step * KEPT_STEP * STRIDE: the block's own ones alone, closed up.
-    u8* const step_0 = columns - rank * (KEPT_STEP * STRIDE);
-    ColumnsOut columns_out(step_0, pitch, split, lane);
+    ColumnsOut columns_out(columns, pitch, own, lane);  // the block's own steps of x alone, closed up
     asm volatile("" : "+l"(input.x), "+r"(input.left), "+r"(columns_out.mine));  // computed now, not after the wait
 #if NORM
     if (team == 0 && lane % 8 == 0)
@@ -99,7 +97,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
     if (my_tiles == 0) return;
-    stage(columns_out, fixed.staged, input, split, splits, team, teams, lane, [&] {
+    stage(columns_out, fixed.staged, input, own, own_splits, split, team, teams, lane, [&] {
         #pragma unroll 1
         for (int i = early; i < STAGES; i++) load_next();
     });
@@ -112,7 +110,8 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
 
     cluster_wait();  // all blocks run and their inboxes are open
 
-    const ColumnsIn columns_in(step_0, pitch, lane);
+    const ColumnsIn columns_in(columns, pitch, lane);
+    const int own_steps = u32(steps - rank + CLUSTER - 1) / CLUSTER;
     const u8* slot = ring;
     #pragma unroll 1
     for (int item = team; item < my_tiles * SHARES; item += teams) {
@@ -123,19 +122,19 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         const u8* tile_tables = block_tables + tile * TILE * SHARED_TABLE_BYTES;
         Sums sums(tile_tables, lane >> 2);
         #pragma unroll 1
-        for (int step = split; step < steps; step += splits) {
+        for (int kept = own; kept < own_steps; kept += own_splits) {
             wait_copies<STAGES - 1>();
             __syncwarp();
-            sums.add(slot, columns_in, step, first_row, weight, first_tile + tile, lane, [&] {
+            sums.add(slot, columns_in, kept, kept * CLUSTER + rank, first_row, weight, first_tile + tile, lane, [&] {
                 slot = !WHOLE && slot + STEP_BYTES == ring_end ? ring : slot + STEP_BYTES;
                 if (!WHOLE) __syncwarp(), load_next();
                 else commit_copies();  // of nothing, but wait_copies counts
             });
         }
-        float* mine = partial + (tile * sums_of_tile + split / CLUSTER) * ROWS * TILE;
+        float* mine = partial + (tile * sums_of_tile + own) * ROWS * TILE;
         sums.finish(tile_tables, lane, [&](int m, int r, float product) {
             m += first_row;
-            mine[m * TILE + r] = staged.step[m][split / CLUSTER] * product;
+            mine[m * TILE + r] = staged.step[m][own] * product;
         });
     }
     __syncthreads();  // the block's partial sums are there

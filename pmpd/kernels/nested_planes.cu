@@ -87,12 +87,12 @@ struct ColumnsOut {
     Exchange<1, 2, 0xccccccccu> neighbours;
     Exchange<2, 1, 0xaaaaaaaau> next_but_one;
 
-    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int split, int lane) : pitch(pitch), neighbours(lane), next_but_one(lane) {
+    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int own, int lane) : pitch(pitch), neighbours(lane), next_but_one(lane) {
         const int word = lane >> 2, plane = 2 * (lane & 1) + (lane >> 1 & 1);  // and plane + 4
-        mine = shared_address(memory + split * KEPT_STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4);
+        mine = shared_address(memory + own * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4);
     }
-    // Integers (see ROUNDER) of row m, `ahead` columns after the warp's first, if these are there. Adds their digits up. All
-    // lanes call it.
+    // Integers (see ROUNDER) of row m, `ahead` of the block's columns after the warp's first, if these are there. Adds their
+    // digits up. All lanes call it.
     __device__ __forceinline__ void put(int m, int ahead, bool there, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         u32 word[2][DIGITS];  // [column % 2]; byte k has column 2 * k + .., bit j plane j
         #pragma unroll
@@ -102,7 +102,7 @@ struct ColumnsOut {
         for (int q = 0; q < 2; q++) neighbours(word[q][0], word[q][1]);
         #pragma unroll
         for (int q = 0; q < 2; q++) next_but_one(word[q][0], word[q][1]);
-        const u32 to = mine + m * DIGITS * pitch + u32(ahead) / CLUSTER * DIGITS;
+        const u32 to = mine + (m * pitch + ahead) * DIGITS;
         #pragma unroll
         for (int d = 0; d < DIGITS; d++) {  // planes 4 apart against columns 1 apart
             store4(to + 8 * d, pick(word[1][d] << 4, word[0][d], 0xf0f0f0f0u), there);
@@ -123,9 +123,9 @@ struct Sums {
 
     __device__ __forceinline__ Sums(const u8*, int) {}
 
-    // Adds the step whose weights are at `slot`; calls slot_is_read once they are in registers.
+    // Adds the block's step `kept` whose weights are at `slot`; calls slot_is_read once they are in registers.
     template <typename F>
-    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int step, int first_row, const Weight&, int, int lane,
+    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int kept, int, int first_row, const Weight&, int, int lane,
                                         F&& slot_is_read) {
         u32 plane[BITS][4];  // of table index bit i: rows g and g + 8 of both units
         #pragma unroll
@@ -141,7 +141,7 @@ struct Sums {
         slot_is_read();
         #pragma unroll
         for (int m = 0; m < WARP_ROWS; m++) {
-            const u8* from = x.mine + (first_row + m) * DIGITS * x.pitch + step * KEPT_STEP * DIGITS;
+            const u8* from = x.mine + (first_row + m) * DIGITS * x.pitch + kept * STEP * DIGITS;
             const uint4 b = *reinterpret_cast<const uint4*>(from);
             #pragma unroll
             for (int set = 1; set < SETS; set++) {

@@ -26,8 +26,6 @@ constexpr int PLANE_BYTES = TILE * STEP / 8;
 constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
 constexpr int DIGITS = 2;  // of an input
 constexpr int SHARES = ROWS / WARP_ROWS;  // of a tile's work, by rows of x
-static_assert(STEP % CLUSTER == 0, "a block keeps every CLUSTER-th step");
-constexpr int KEPT_STEP = STEP / CLUSTER;  // columns in the memory of x from one step to the next: others' are not kept
 constexpr int BASE = BITS == 4 || BITS == 5 ? 128 : 256;  // of a table's digits
 constexpr int TABLE_BYTES = 2 << BITS;  // of a row (and group)
 
