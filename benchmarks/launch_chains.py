@@ -1,7 +1,7 @@
 """The best launches of products in a model's step, beside each other: ``launches.py --chain``.
 
 What counts is the time of the whole block, as in chain.py, and each try takes longer than that of a product alone: so a
-descent changes one choice at a time.
+descent changes one choice at a time. It begins with what a step has so far, and so does not end above that.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def chain_variants(chain: Chain, bits: list[int], gpu: product.Gpu) -> Iterator[
 def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> list[tuple[str, Launch, float]]:
     """For each product its launch and the time of a block, in microseconds."""
     shapes = chain.shapes
-    plans = {part: launch.choose(*shapes[part], bits, 1, processors, planes=planes) for part in shapes}
+    plans = {part: launch.choose(*shapes[part], bits, 1, processors, chain=True, planes=planes) for part in shapes}
 
     def microseconds(part: str, plan: Launch) -> float:
         return statistics.median(chain.times_us(bits, plans | {part: plan}))

@@ -28,8 +28,9 @@ COLUMNS = [
 ]
 QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (4, 2), (4, 4), (6, 4), (8, 4)]
 """Stages, and of these early."""
-TIMES = [(1, 0), (0, 0), (0, 500), (0, 1000), (0, 2000), (2, 0)]
-"""When the next kernel may come, ``Launch.late``, and how long this one waits with its weights, ``Launch.hold``."""
+TIMES = [(2, 0), (0, 0), (0, 500), (1, 0), (3, 0)]
+"""When the next kernel may come, ``Launch.late``, and how long this one waits with its weights, ``Launch.hold``: not
+longer, as after another kind of kernel that is lost (``docs/kernels.md``)."""
 START = Launch(4, 2, 3, 2)
 """Which choices change."""
 

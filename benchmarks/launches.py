@@ -56,7 +56,7 @@ FEW_QUEUES = [(2, 2), (4, 2), (4, 4)]
 """Of these what every division of the work is tried with."""
 FINALISTS = 8
 """Fastest launches, whose divisions of the work are tried further, and which are timed again."""
-FEW_TIMES = [(1, 0), (0, 500)]
+FEW_TIMES = [(2, 0), (0, 500)]
 """Of ``TIMES`` what every division of the work is tried with."""
 FEW_REPLAYS = 4
 """For the time of a launch that may become one of them."""

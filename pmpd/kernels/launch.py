@@ -43,8 +43,8 @@ class Launch:
     teams: groups of ``splits`` warps, each with its own tiles; they also share the rows of x.
     stages: steps of weights that a warp has under way.
     early: of these, steps asked for before earlier kernels have ended.
-    late: when the next kernel may come: 0 once the early steps are asked for, 1 once x is here, 2 once a warp is at its
-        last tile.
+    late: when the next kernel may come: 0 once the early steps are asked for, 1 once earlier kernels have ended, 2 once
+        x is here, 3 once a warp is at its last tile.
     alone: let no two blocks of such kernels share a processor.
     planes: multiply by bit planes (``nested_planes.cu``), not by look-up.
     cluster: blocks that share tiles, each with a part of the ``splits``; a block has room for its own columns of x
@@ -59,7 +59,7 @@ class Launch:
     teams: int
     stages: int = 2
     early: int = 2
-    late: int = 1
+    late: int = 2
     alone: bool = False
     planes: bool = False
     cluster: int = 1

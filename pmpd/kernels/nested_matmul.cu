@@ -11,8 +11,8 @@ static_assert(sizeof(Fixed) == FIXED_BYTES, "launch.py has another size");
 
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. After `hold` clocks `early` of the STAGES
-// steps are asked for, before the kernels before have ended. The next kernel may come then if `late` is 0, once x is here if it
-// is 1, once a warp is at its last tile if it is 2. A block has 32 lanes x warps that share a tile (`splits` in all CLUSTER
+// steps are asked for, before the kernels before have ended. The next kernel may come then if `late` is 0, once those have ended
+// if it is 1, once x is here if it is 2, once a warp is at its last tile if it is 3. A block has 32 lanes x warps that share a tile (`splits` in all CLUSTER
 // blocks) x teams. A cluster has `most_tiles` tiles or one less, a block keeps `kept` steps of x. (The host divides: here a
 // division takes 25 instructions.)
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
@@ -93,8 +93,9 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
             asm volatile("prefetch.global.L2 [%0];" ::"l"(norm_weight + k));
 #endif
 #if __CUDA_ARCH__ >= 900
-    if (!late) asm volatile("griddepcontrol.launch_dependents;");
+    if (late == 0) asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (late == 1) asm volatile("griddepcontrol.launch_dependents;");
 #endif
     if (my_tiles == 0) return;
     stage(columns_out, fixed.staged, input, own, own_splits, split, team, teams, lane, [&] {
@@ -102,7 +103,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         for (int i = early; i < STAGES; i++) load_next();
     });
 #if __CUDA_ARCH__ >= 900
-    if (late == 1) asm volatile("griddepcontrol.launch_dependents;");
+    if (late == 2) asm volatile("griddepcontrol.launch_dependents;");
 #endif
     wait_copies<STAGES>();
     prepare_tables(block_tables, block_scales, my_tiles * TILE, thread, threads);
@@ -117,7 +118,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     for (int item = team; item < my_tiles * SHARES; item += teams) {
         const int tile = item / SHARES, first_row = item % SHARES * WARP_ROWS;
 #if __CUDA_ARCH__ >= 900
-        if (late == 2 && item + teams >= my_tiles * SHARES) asm volatile("griddepcontrol.launch_dependents;");
+        if (late == 3 && item + teams >= my_tiles * SHARES) asm volatile("griddepcontrol.launch_dependents;");
 #endif
         const u8* tile_tables = block_tables + tile * TILE * SHARED_TABLE_BYTES;
         Sums sums(tile_tables, lane >> 2);

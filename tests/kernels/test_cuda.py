@@ -40,12 +40,12 @@ class TestProduct:
 LAUNCHES = [
     Launch(splits, teams, stages, early, late, alone, planes, cluster, hold=500 if late == 0 else 0)
     for splits, teams, stages, early, late, alone in (
-        (1, 1, 1, 1, 1, False),
+        (1, 1, 1, 1, 2, False),
         (2, 3, 2, 1, 0, False),
-        (5, 1, 8, 4, 1, True),
-        (4, 2, 3, 2, 2, False),  # more than 6 warps
-        (4, 3, 2, 2, 2, False),  # more than 8
-        (3, 5, 2, 1, 2, False),  # more than 12
+        (5, 1, 8, 4, 2, True),
+        (4, 2, 3, 2, 3, False),  # more than 6 warps
+        (4, 3, 2, 2, 1, False),  # more than 8
+        (3, 5, 2, 1, 3, False),  # more than 12
     )
     for planes in (False, True)
     for cluster in (1, 2)

@@ -33,7 +33,7 @@ def test_every_product_fits_every_gpu(
                 assert plan.capacity >= plan.rows
                 assert 1 <= plan.warps <= variant.max_threads // 32 <= launch.MAX_WARPS
                 assert 1 <= plan.early <= plan.stages
-                assert plan.late in (0, 1, 2)
+                assert plan.late in (0, 1, 2, 3)
                 assert 0 <= plan.hold <= 2000
                 assert not plan.hold or plan.late == 0, "only what comes at once asks for its weights too soon"
                 assert plan.splits <= -(-in_features // launch.STEP)
