@@ -45,13 +45,9 @@ class Method:
         return f"{'planes' if self.planes else 'lookup'}-{self.cluster}"
 
 
-MOST_SETS = 28
-"""Products of planes and rows of x above which bit planes are not tried."""
-
-
 def methods(bits: int, rows: int) -> list[Method]:
     found = [Method(False, cluster) for cluster in (1, 2)[: 1 if rows == 1 else 2]]
-    if bits <= launch.PLANES_MAX_BITS and (2**bits - 1) * rows <= MOST_SETS:
+    if rows <= launch.PLANES_ROWS.get(bits, 0):
         found += [Method(True, 1), Method(True, 2)]
     return found
 

@@ -28,8 +28,9 @@ PLANES_WARPS = (6, 8, 12, 16)
 LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
 """The same by look-up, and how many steps of x a warp has in registers then, where tables wait in them too."""
 MAX_WARPS = max(PLANES_WARPS)
-PLANES_ROWS = {2: 4, 3: 2, 4: 1}
-"""Rows of x that a warp multiplies at once by bit planes, which takes 2**bits - 1 products of planes for each."""
+PLANES_ROWS = {2: 2, 3: 1, 4: 1}
+"""Rows of x that one launch multiplies by bit planes, which takes 2**bits - 1 products of planes for each; look-up was
+faster for more, of every shape that was measured."""
 PLANES_MAX_BITS = max(PLANES_ROWS)
 """Above, bit planes would take more than look-up takes."""
 RESERVED_BYTES = 1024
@@ -106,8 +107,7 @@ class Launch:
 
     def whole(self, bits: int, out_features: int, in_features: int) -> bool:
         """Whether ``stages`` are all the steps of weights that a warp has."""
-        shares = self.most_tiles(out_features) * self.capacity // warp_rows(bits, self.capacity, planes=self.planes)
-        return _up(shares, self.teams) * _up(_up(in_features, STEP), self.splits) <= self.stages
+        return _up(self.most_tiles(out_features), self.teams) * _up(_up(in_features, STEP), self.splits) <= self.stages
 
     def shared_bytes(self, bits: int, out_features: int, in_features: int, groups: int) -> int:
         """Shared memory of a block: what has a fixed size, rings of weights, columns of x, sums, scales and tables."""
@@ -118,11 +118,6 @@ class Launch:
         partial = tiles * (self.splits // self.cluster + self.cluster - 1)
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
         return fixed + ring + columns + partial * self.capacity * TILE * 4 + tiles * (TILE * 8 + tables)
-
-
-def warp_rows(bits: int, rows: int, *, planes: bool) -> int:
-    """Rows of x that a warp multiplies by a tile: by bit planes as many as its registers have counts for."""
-    return min(rows, PLANES_ROWS[bits]) if planes else rows
 
 
 def fixed_bytes(rows: int, warps: int, cluster: int) -> int:
@@ -254,7 +249,9 @@ def fit(
     Raises:
         ValueError: ``in_features`` is too large for this GPU.
     """
-    launch = replace(launch, blocks=max(1, blocks // launch.cluster) * launch.cluster, rows=min(rows, launch.rows))
+    most_rows = PLANES_ROWS[bits] if launch.planes else launch.rows
+    blocks = max(1, blocks // launch.cluster) * launch.cluster
+    launch = replace(launch, blocks=blocks, rows=min(rows, launch.rows, most_rows))
     while launch.shared_bytes(bits, out_features, in_features, groups) > shared:
         if launch.stages > 2:
             launch = replace(launch, stages=launch.stages - 1, early=min(launch.early, launch.stages - 1))

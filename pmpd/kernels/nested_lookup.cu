@@ -182,7 +182,7 @@ struct Sums {
 
     // Adds the block's step `kept`, the row's `step`, whose weights are at `slot`; calls slot_is_read once they are in registers.
     template <typename F>
-    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int kept, int step, int, const Weight& weight, int tile,
+    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int kept, int step, const Weight& weight, int tile,
                                         int lane, F&& slot_is_read) {
         const int g = lane >> 2;
         #pragma unroll

@@ -64,18 +64,18 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     source.planes = reinterpret_cast<const u8*>(packed) + 2 * source.plane_bytes +
                     size_t(first_tile) * in_features * 2 + lane * 16;
     asm volatile("" : "+l"(source.pairs), "+l"(source.planes));  // computed once, not at every use
-    int load_item = team, load_step = split;
-    u32 offset = load_item / SHARES * (in_features * 4) + split * PAIR_BYTES;
+    int load_tile = team, load_step = split;
+    u32 offset = load_tile * (in_features * 4) + split * PAIR_BYTES;
     u8* load_slot = ring;
     auto load_next = [&] {
-        if (load_item < my_tiles * SHARES && load_step < steps)
+        if (load_tile < my_tiles && load_step < steps)
             copy_step(load_slot, source, offset, in_features, load_step, lane);
         commit_copies();
         load_slot = load_slot + STEP_BYTES == ring_end ? ring : load_slot + STEP_BYTES;
         load_step += splits, offset += splits * PAIR_BYTES;
         if (load_step >= steps) {
-            load_step = split, load_item += teams;
-            offset = load_item / SHARES * (in_features * 4) + split * PAIR_BYTES;
+            load_step = split, load_tile += teams;
+            offset = load_tile * (in_features * 4) + split * PAIR_BYTES;
         }
     };
 #if __CUDA_ARCH__ >= 900
@@ -115,10 +115,9 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     const int own_steps = u32(steps - rank + CLUSTER - 1) / CLUSTER;
     const u8* slot = ring;
     #pragma unroll 1
-    for (int item = team; item < my_tiles * SHARES; item += teams) {
-        const int tile = item / SHARES, first_row = item % SHARES * WARP_ROWS;
+    for (int tile = team; tile < my_tiles; tile += teams) {
 #if __CUDA_ARCH__ >= 900
-        if (late == 3 && item + teams >= my_tiles * SHARES) asm volatile("griddepcontrol.launch_dependents;");
+        if (late == 3 && tile + teams >= my_tiles) asm volatile("griddepcontrol.launch_dependents;");
 #endif
         const u8* tile_tables = block_tables + tile * TILE * SHARED_TABLE_BYTES;
         Sums sums(tile_tables, lane >> 2);
@@ -126,7 +125,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         for (int kept = own; kept < own_steps; kept += own_splits) {
             wait_copies<STAGES - 1>();
             __syncwarp();
-            sums.add(slot, columns_in, kept, kept * CLUSTER + rank, first_row, weight, first_tile + tile, lane, [&] {
+            sums.add(slot, columns_in, kept, kept * CLUSTER + rank, weight, first_tile + tile, lane, [&] {
                 slot = !WHOLE && slot + STEP_BYTES == ring_end ? ring : slot + STEP_BYTES;
                 if (!WHOLE) __syncwarp(), load_next();
                 else commit_copies();  // of nothing, but wait_copies counts
@@ -134,7 +133,6 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
         }
         float* mine = partial + (tile * sums_of_tile + own) * ROWS * TILE;
         sums.finish(tile_tables, lane, [&](int m, int r, float product) {
-            m += first_row;
             mine[m * TILE + r] = staged.step[m][own] * product;
         });
     }

@@ -1,5 +1,5 @@
 // Multiplying by bit planes: the binary tensor cores count, for each plane of the weight and each plane of x, the columns
-// that have both bits. For a few low bits and few rows of x, with a table a row.
+// that have both bits. For a few low bits and one or two rows of x, with a table a row.
 //
 // A table of b bits is a polynomial of the code's bits that is linear in each: T[code] = sum over sets S of bits of
 // c[S] * (the product of S's bits), where c is the Moebius transform of T, c[S] = sum over R in S of (-1)^|S - R| T[R].
@@ -7,6 +7,7 @@
 // planes and no look-up. x's integers have two digits of eight bits, each the balanced sum of its planes:
 // B_S . x = sum over planes j of weight[j] * popcount(B_S & x_j). The 8 columns of an mma are the planes of a digit.
 
+static_assert(ROWS <= 2, "a lane has the sums of two rows");
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
 // Rows of x that instructions are laid out for: two where launches.csv has no float16 program that spills for it.
@@ -14,7 +15,7 @@ constexpr int ROWS_AHEAD = ROWS == 2 && (MAX_THREADS <= 256 || (MAX_THREADS == 3
 constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
 constexpr int MOST_FOR_TWO = MAX_THREADS == 192 ? 15 : MAX_THREADS == 256 ? 12 : 7;
-constexpr int MIN_BLOCKS = (SETS - 1) * WARP_ROWS <= MOST_FOR_TWO ? 2 : 1;
+constexpr int MIN_BLOCKS = (SETS - 1) * ROWS <= MOST_FOR_TWO ? 2 : 1;
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -119,13 +120,13 @@ struct ColumnsIn {
 
 // A warp's part of a tile's products.
 struct Sums {
-    int count[SETS][WARP_ROWS][DIGITS][4] = {};
+    int count[SETS][ROWS][DIGITS][4] = {};
 
     __device__ __forceinline__ Sums(const u8*, int) {}
 
     // Adds the block's step `kept` whose weights are at `slot`; calls slot_is_read once they are in registers.
     template <typename F>
-    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int kept, int, int first_row, const Weight&, int, int lane,
+    __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int kept, int, const Weight&, int, int lane,
                                         F&& slot_is_read) {
         u32 plane[BITS][4];  // of table index bit i: rows g and g + 8 of both units
         #pragma unroll
@@ -140,8 +141,8 @@ struct Sums {
         }
         slot_is_read();
         #pragma unroll
-        for (int m = 0; m < WARP_ROWS; m++) {
-            const u8* from = x.mine + (first_row + m) * DIGITS * x.pitch + kept * STEP * DIGITS;
+        for (int m = 0; m < ROWS; m++) {
+            const u8* from = x.mine + m * DIGITS * x.pitch + kept * STEP * DIGITS;
             const uint4 b = *reinterpret_cast<const uint4*>(from);
             #pragma unroll
             for (int set = 1; set < SETS; set++) {
@@ -163,7 +164,7 @@ struct Sums {
     template <typename F>
     __device__ __forceinline__ void finish(const u8* tables, int lane, F&& put) const {
         const int g = lane >> 2, t = lane & 3, second = t == 3 ? -2 : 2;  // planes 2t and 2t + 1; plane 7 is the sign
-        float sum[2 * WARP_ROWS];  // [m][half]
+        float sum[2 * ROWS];  // [m][half]
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float4* from = reinterpret_cast<const float4*>(tables + (g + 8 * half) * SHARED_TABLE_BYTES);
@@ -171,7 +172,7 @@ struct Sums {
             #pragma unroll
             for (int i = 0; i < SETS / 4; i++) c[i] = from[i];
             #pragma unroll
-            for (int m = 0; m < WARP_ROWS; m++) {
+            for (int m = 0; m < ROWS; m++) {
                 float all = 0;
                 #pragma unroll
                 for (int set = 1; set < SETS; set++) {
@@ -187,13 +188,11 @@ struct Sums {
         }
         // The quad's lanes have parts of the same sums. Neighbours divide these up, then next but ones: each gives away half.
         #pragma unroll
-        for (int i = 0; i < WARP_ROWS; i++) sum[i] = exchanged(sum[2 * i], sum[2 * i + 1], t & 1, 1);
-        if (WARP_ROWS == 1) sum[0] += __shfl_xor_sync(~0u, sum[0], 2);
-        #pragma unroll
-        for (int i = 0; i < WARP_ROWS / 2; i++) sum[i] = exchanged(sum[2 * i], sum[2 * i + 1], t & 2, 2);
-        if (WARP_ROWS == 1 && t & 2) return;
-        #pragma unroll
-        for (int i = 0; i < (WARP_ROWS + 1) / 2; i++) put(2 * i + (t >> 1), g + 8 * (t & 1), sum[i]);
+        for (int m = 0; m < ROWS; m++) sum[m] = exchanged(sum[2 * m], sum[2 * m + 1], t & 1, 1);
+        if (ROWS == 1) sum[0] += __shfl_xor_sync(~0u, sum[0], 2);
+        else sum[0] = exchanged(sum[0], sum[1], t & 2, 2);
+        if (ROWS == 1 && t & 2) return;
+        put(t >> 1, g + 8 * (t & 1), sum[0]);
     }
     // Of a and b, b if `second`, the sum over this lane and the one `other` away, which has the rest of it.
     __device__ __forceinline__ static float exchanged(float a, float b, bool second, int other) {

@@ -2,7 +2,7 @@
 // nested_planes.cu, followed by nested_input.cu, nested_matmul.cu and, with look-up, nested_decode.cu. device.py explains
 // the storage, cuda.py the design.
 //
-// Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8, of which a warp multiplies WARP_ROWS by a tile;
+// Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8, by planes 1 or 2;
 // BFLOAT 0 or 1; NORM 0 or 1 (RMSNorm of x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is
 // silu(gate) * up); GROUPED 0 or 1 (a table for each group_size columns, else for each row); STAGES steps of weights that a
 // warp has under way, which are all of its own if WHOLE is 1; RAGGED 0 or 1 (columns that STEP does not divide); CHUNK steps
@@ -25,7 +25,6 @@ constexpr int PAIR_BYTES = TILE * STEP / 4;
 constexpr int PLANE_BYTES = TILE * STEP / 8;
 constexpr int STEP_BYTES = PAIR_BYTES + PLANES * PLANE_BYTES;
 constexpr int DIGITS = 2;  // of an input
-constexpr int SHARES = ROWS / WARP_ROWS;  // of a tile's work, by rows of x
 constexpr int BASE = BITS == 4 || BITS == 5 ? 128 : 256;  // of a table's digits
 constexpr int TABLE_BYTES = 2 << BITS;  // of a row (and group)
 

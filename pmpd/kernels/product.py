@@ -243,7 +243,6 @@ class Variant:
         choices = {
             "BITS": self.bits,
             "ROWS": self.rows,
-            "WARP_ROWS": launch.warp_rows(self.bits, self.rows, planes=self.planes),
             "BFLOAT": self.dtype == torch.bfloat16,
             "NORM": self.norm,
             "GATED": self.gated,

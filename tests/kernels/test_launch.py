@@ -34,7 +34,7 @@ def test_every_product_fits_every_gpu(
                 assert 1 <= plan.warps <= variant.max_threads // 32 <= launch.MAX_WARPS
                 assert 1 <= plan.early <= plan.stages
                 assert plan.late in (0, 1, 2, 3)
-                assert 0 <= plan.hold <= 2000
+                assert 0 <= plan.hold <= 500
                 assert not plan.hold or plan.late == 0, "only what comes at once asks for its weights too soon"
                 assert plan.splits <= -(-in_features // launch.STEP)
                 assert plan.splits % plan.cluster == 0
@@ -44,7 +44,7 @@ def test_every_product_fits_every_gpu(
                 own_splits = plan.splits // plan.cluster
                 assert plan.teams <= own_splits or own_splits % 4, "or teams cannot begin with different splits"
                 assert plan.cluster == 1 or can.get("clusters", True)
-                assert not plan.planes or (can.get("planes", True) and bits <= launch.PLANES_MAX_BITS)
+                assert not plan.planes or (can.get("planes", True) and rows <= launch.PLANES_ROWS[bits])
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,8 @@ def test_few_warps_have_more_registers(plan: Launch, max_warps: int, chunk: tupl
         (Launch(11, 1, rows=1), 2, 2 * 4),  # 43 steps among 11 warps, two tiles of a block
         (Launch(11, 2, rows=1), 2, 4),
         (Launch(22, 1, rows=1, cluster=2), 2, 4 * 2),  # four tiles of two blocks
-        (Launch(11, 1, rows=8), 3, 2 * 4),  # all rows by look-up
-        (Launch(11, 1, rows=8, planes=True), 2, 2 * 2 * 4),  # four rows at a time
-        (Launch(11, 1, rows=8, planes=True), 3, 4 * 2 * 4),
-        (Launch(11, 1, rows=2, planes=True), 4, 2 * 2 * 4),
+        (Launch(11, 1, rows=8), 3, 2 * 4),
+        (Launch(11, 1, rows=2, planes=True), 2, 2 * 4),
     ],
 )
 def test_a_warp_that_has_all_its_steps_under_way_is_compiled_so(plan: Launch, bits: int, steps: int) -> None:
