@@ -105,7 +105,7 @@ class Launch:
         own = _up(_up(in_features, STEP), self.splits)
         return next(chunk for chunk in CHUNKS if chunk >= min(own, most)), own <= most
 
-    def whole(self, bits: int, out_features: int, in_features: int) -> bool:
+    def whole(self, out_features: int, in_features: int) -> bool:
         """Whether ``stages`` are all the steps of weights that a warp has."""
         return _up(self.most_tiles(out_features), self.teams) * _up(_up(in_features, STEP), self.splits) <= self.stages
 
@@ -244,7 +244,7 @@ def fit(
     """``launch`` made smaller until its shared memory is at most ``shared``.
 
     Columns of many rows of x, many tiles of a block and fat tables do not always fit; then there are fewer of them at a
-    time. ``blocks`` is the number of processors.
+    time. Bit planes take no more rows than ``PLANES_ROWS``. ``blocks`` is the number of processors.
 
     Raises:
         ValueError: ``in_features`` is too large for this GPU.

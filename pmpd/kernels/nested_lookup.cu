@@ -8,7 +8,6 @@ constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of
 constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
 // Rows of x that instructions are laid out for: two where launches.csv has no float16 program that spills for it.
 constexpr int ROWS_AHEAD = ROWS >= 4 && (MAX_THREADS <= 256 || (BITS == 2 && !NORM)) ? 2 : 1;
-constexpr int STRIDE = 1;  // bytes in the memory of x from one column to the next
 
 __device__ __forceinline__ void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

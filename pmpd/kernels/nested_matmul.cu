@@ -12,9 +12,9 @@ static_assert(sizeof(Fixed) == FIXED_BYTES, "launch.py has another size");
 // Arguments: tables [tiles, groups, TILE, TABLE_BYTES]; scales [16 * tiles] of scale and offset; out [rows, out_features],
 // or half of that if GATED; norm_weight, residual (as out) and bias may be null. After `hold` clocks `early` of the STAGES
 // steps are asked for, before the kernels before have ended. The next kernel may come then if `late` is 0, once those have ended
-// if it is 1, once x is here if it is 2, once a warp is at its last tile if it is 3. A block has 32 lanes x warps that share a tile (`splits` in all CLUSTER
-// blocks) x teams. A cluster has `most_tiles` tiles or one less, a block keeps `kept` steps of x. (The host divides: here a
-// division takes 25 instructions.)
+// if it is 1, once x is here if it is 2, once a warp is at its last tile if it is 3. A block has 32 lanes x warps that share a
+// tile (`splits` in all CLUSTER blocks) x teams. A cluster has `most_tiles` tiles or one less, a block keeps `kept` steps of x.
+// (The host divides: here a division takes 25 instructions.)
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, MIN_BLOCKS)
 nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* scales, u16* out, const u16* norm_weight,
               const u16* residual, const u16* bias, float norm_eps, int rows, int out_features, int in_features,

@@ -12,7 +12,6 @@ constexpr int SETS = 1 << BITS;                       // of bits; the empty set'
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
 // Rows of x that instructions are laid out for: two where launches.csv has no float16 program that spills for it.
 constexpr int ROWS_AHEAD = ROWS == 2 && (MAX_THREADS <= 256 || (MAX_THREADS == 384 && !NORM)) ? 2 : 1;
-constexpr int STRIDE = DIGITS;  // bytes in the memory of x from one column to the next
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
 constexpr int MOST_FOR_TWO = MAX_THREADS == 192 ? 15 : MAX_THREADS == 256 ? 12 : 7;
 constexpr int MIN_BLOCKS = (SETS - 1) * ROWS <= MOST_FOR_TWO ? 2 : 1;

@@ -222,7 +222,7 @@ class Variant:
             gated=fused.gated,
             grouped=groups > 1,
             stages=plan.stages,
-            whole=plan.whole(bits, *shape),
+            whole=plan.whole(*shape),
             ragged=in_features % launch.STEP != 0,
             chunk=chunk,
             once=once,

@@ -68,6 +68,14 @@ def test_a_block_of_a_cluster_has_memory_for_its_own_columns_alone(plan: Launch,
     assert plan.shared_bytes(2, 4096, 11008, 1) == -(-fixed // 128) * 128 + ring + columns + partial + tables
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bit_planes_take_no_more_rows_than_their_kernel_counts_for(bits: int) -> None:
+    for rows in range(1, 9):
+        fitted = launch.fit(Launch(4, 2, planes=True), bits, 4096, 4096, 1, rows, *GPUS[0])
+        assert fitted.rows == min(rows, {2: 2, 3: 1, 4: 1}[bits])
+        assert launch.fit(Launch(4, 2), bits, 4096, 4096, 1, rows, *GPUS[0]).rows == rows
+
+
 @pytest.mark.parametrize(
     ("plan", "max_warps", "chunk"),
     [
