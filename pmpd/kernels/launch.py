@@ -249,7 +249,7 @@ def fit(
     Raises:
         ValueError: ``in_features`` is too large for this GPU.
     """
-    most_rows = PLANES_ROWS[bits] if launch.planes else launch.rows
+    most_rows = PLANES_ROWS[bits] if launch.planes else MAX_ROWS
     blocks = max(1, blocks // launch.cluster) * launch.cluster
     launch = replace(launch, blocks=blocks, rows=min(rows, launch.rows, most_rows))
     while launch.shared_bytes(bits, out_features, in_features, groups) > shared:

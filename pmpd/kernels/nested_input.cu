@@ -81,11 +81,11 @@ struct Staged {  // of each row of x and each of a block's splits
     float squares[ROWS][MAX_THREADS / 32];
 };
 
-// A split's columns of x (steps split, split + splits, ...) as balanced base-256 digits of integers, the largest of which is
-// LARGEST_INTEGER, where the method wants them. Not finite x makes outputs not finite. Teams share the rows.
+// A split's columns of x (the block's steps own, own + own_splits, ...) as balanced base-256 digits of integers, the largest of
+// which is LARGEST_INTEGER, where the method wants them. Not finite x makes outputs not finite. Teams share the rows.
 template <typename F>
-__device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const Input& in, int own, int own_splits, int split, int team,
-                                      int teams, int lane, F&& once_loads_are_out) {
+__device__ __forceinline__ void stage(const ColumnsOut& out, Staged& s, const Input& in, int own, int own_splits, int team, int teams,
+                                      int lane, F&& once_loads_are_out) {
     const int kept_hop = own_splits * STEP, hop = CLUSTER * kept_hop;  // columns from one step to the next: in shared memory; in x
     const int padded = in.left + 8 * lane;                             // from the step's first column
     Raw next;

@@ -98,7 +98,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     if (late == 1) asm volatile("griddepcontrol.launch_dependents;");
 #endif
     if (my_tiles == 0) return;
-    stage(columns_out, fixed.staged, input, own, own_splits, split, team, teams, lane, [&] {
+    stage(columns_out, fixed.staged, input, own, own_splits, team, teams, lane, [&] {
         #pragma unroll 1
         for (int i = early; i < STAGES; i++) load_next();
     });
