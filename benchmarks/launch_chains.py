@@ -1,6 +1,6 @@
 """The best launches of products in a model's step, beside each other: ``launches.py --chain``.
 
-What counts is the time of the whole block, as in chain.py, and each try takes longer than that of a product alone: so a
+What counts is the time of the whole step (chain.py), and each try takes longer than that of a product alone: so a
 descent changes one choice at a time. It begins with what a step has so far (with look-up alone: with the best of that),
 and ends above it by no more than two measurements of the same differ.
 """
@@ -92,7 +92,7 @@ def chain_variants(chain: Chain, bits: list[int], gpu: product.Gpu) -> Iterator[
 
 
 def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> list[tuple[str, Launch, float]]:
-    """For each product its launch and the time of a block, in microseconds."""
+    """For each product its launch and the time of a step, in microseconds."""
     shapes = chain.shapes
     plans = {part: launch.choose(*shapes[part], bits, 1, processors, chain=True, planes=planes) for part in shapes}
 
