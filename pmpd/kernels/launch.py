@@ -195,7 +195,8 @@ def within(launch: Launch, steps: int) -> Launch:
 class Measured:
     """A row of ``launches.csv``: of a GPU with ``tiles_a_processor`` tiles of 16 rows for each of its processors.
 
-    ``microseconds`` are of the product, or in a chain of a model's whole step; infinite where they are not known.
+    ``microseconds`` are of the product, or in a chain of the step (in older rows the block) that its descent ended in;
+    infinite where they are not known.
     """
 
     chain: bool
