@@ -38,7 +38,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pmpd.decode import ahead, decode, prefill
+from pmpd.decode import State, ahead, decode, prefill
 from pmpd.decode.captured import CapturedStep
 from pmpd.decode.graphs import GraphedModel
 from pmpd.decode.llama_step import LlamaStep
@@ -73,9 +73,15 @@ class Alternating:
 def step_times_us(
     model: Any, cell: Any, prompt: list[int], prefill_bits: int, policy: Policy, steps: int
 ) -> list[float]:
-    """Microseconds between the yields of ``steps`` decode steps after the warm-up, by events in the stream."""
+    """Of a new sequence, as :func:`times_from_us`."""
+    state = prefill(model, cell, [prompt], prefill_bits, max_new_tokens=steps + WARM_UP + 1)
+    return times_from_us(model, cell, state, policy, steps)
+
+
+def times_from_us(model: Any, cell: Any, state: State, policy: Policy, steps: int) -> list[float]:
+    """Microseconds between the yields of ``steps`` decode steps after the warm-up, by events in the stream. ``state``
+    is of prefill, with room for all of them."""
     num_tokens = steps + WARM_UP + 1
-    state = prefill(model, cell, [prompt], prefill_bits, max_new_tokens=num_tokens)
     events = []
     for _ in decode(model, cell, state, policy, max_new_tokens=num_tokens, eos_ids=()):
         event = torch.cuda.Event(enable_timing=True)

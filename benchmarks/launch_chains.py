@@ -1,8 +1,8 @@
 """The best launches of products in a model's step, beside each other: ``launches.py --chain``.
 
-What counts is the time of the whole step (chain.py), and each try takes longer than that of a product alone: so a
-descent changes one choice at a time. It begins with what a step has so far (with look-up alone: with the best of that),
-and ends above it by no more than two measurements of the same differ.
+What counts is the time of a whole step in the decode loop (chain.py), and each try takes longer than that of a product
+alone: so a descent changes one choice at a time. It begins with what a step has so far (with look-up alone: with the
+best of that), and ends above it by no more than two measurements of the same differ.
 """
 
 from __future__ import annotations
