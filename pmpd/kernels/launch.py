@@ -17,16 +17,16 @@ from pmpd.kernels.device import TILE
 
 STEP = 256
 """Columns that a warp copies at once."""
-CHUNKS = (1, 2, 4, 6)
-"""Steps of x that a warp may have in registers at once."""
 DIGITS = 2
 """Bytes that hold an input."""
 MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
 PLANES_WARPS = (6, 8, 12, 16)
 """Of a block, that a kernel by bit planes is compiled for: with more warps a thread has fewer registers."""
+PLANES_CHUNK = 6
+"""Steps of x that a warp may have in registers at once, by bit planes."""
 LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
-"""The same by look-up, and how many steps of x a warp has in registers then, where tables wait in them too."""
+"""The same by look-up, and how many steps of x a warp may have in registers then, where tables wait in them too."""
 MAX_WARPS = max(PLANES_WARPS)
 PLANES_ROWS = {2: 2, 3: 1, 4: 1}
 """Rows of x that one launch multiplies by bit planes, which takes 2**bits - 1 products of planes for each; look-up was
@@ -101,9 +101,9 @@ class Launch:
 
     def chunk(self, in_features: int) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""
-        most = max(CHUNKS) if self.planes else LOOKUP_CHUNKS[self.max_warps]
+        most = PLANES_CHUNK if self.planes else LOOKUP_CHUNKS[self.max_warps]
         own = _up(_up(in_features, STEP), self.splits)
-        return next(chunk for chunk in CHUNKS if chunk >= min(own, most)), own <= most
+        return min(own, most), own <= most
 
     def whole(self, out_features: int, in_features: int) -> bool:
         """Whether ``stages`` are all the steps of weights that a warp has."""

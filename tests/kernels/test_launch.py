@@ -81,7 +81,7 @@ def test_bit_planes_take_no_more_rows_than_their_kernel_counts_for(bits: int) ->
     [
         (Launch(4, 2, rows=2), 8, (6, False)),
         (Launch(8, 1, rows=2), 8, (6, True)),
-        (Launch(16, 1, rows=2, cluster=2), 8, (4, True)),
+        (Launch(16, 1, rows=2, cluster=2), 8, (3, True)),
         (Launch(4, 3, rows=2), 12, (4, False)),
         (Launch(5, 3, rows=2), 16, (2, False)),
         (Launch(4, 2, rows=1), 16, (2, False)),
