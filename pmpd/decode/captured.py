@@ -87,6 +87,9 @@ class CapturedStep:
         self.tokens[:rows] = output.logits[:, -1].argmax(-1)
         self.counters += 1
 
+    def result(self, column: int, rows: int) -> tuple[Tensor, Tensor]:
+        return self.logits[:rows].clone(), self.tokens[:rows].clone()
+
 
 def not_capturable(config: Any) -> str | None:
     """Why a step of a model of ``config`` cannot be captured; None if it can.

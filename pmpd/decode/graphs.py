@@ -31,12 +31,10 @@ class StepBody(Protocol):
 
     Attributes:
         tokens: int64 ``[MAX_ROWS]``; read by a step and replaced by the tokens that it yields.
-        logits: ``[MAX_ROWS, vocab]``.
         counters: int64, what a step changes of itself; saved and put back around a capture.
     """
 
     tokens: Tensor
-    logits: Tensor
     counters: Tensor
 
     def bind(self, state: State) -> bool:
@@ -44,6 +42,9 @@ class StepBody(Protocol):
 
     def run(self, bits: int, rows: int) -> None:
         """Queue one step of the first ``rows`` rows, and let the step after it be the next."""
+
+    def result(self, column: int, rows: int) -> tuple[Tensor, Tensor]:
+        """What :meth:`pmpd.decode.loop.StepModel.decode_step` returns for the step that wrote ``column``, the last."""
 
 
 class GraphedModel(nn.Module):
@@ -95,10 +96,10 @@ class GraphedModel(nn.Module):
             if (state.bits, rows) not in self._graphs:
                 self._graphs[state.bits, rows] = self._capture(state.bits, rows)
             self._graphs[state.bits, rows].replay()
+        logits, self._last = self.body.result(state.cache.length, rows)
         state.cache.advance()
         self._cache, self._place = weakref.ref(state.cache), (rows, state.cache.length)
-        self._last = self.body.tokens[:rows].clone()
-        return self.body.logits[:rows].clone(), self._last
+        return logits, self._last
 
     def _capture(self, bits: int, rows: int) -> torch.cuda.CUDAGraph:
         """A graph of one step. The step is run once before it, to compile and load what it needs, and undone."""

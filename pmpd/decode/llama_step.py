@@ -47,17 +47,25 @@ class LlamaStep:
         self.gate_up, self.gated = buffer(block.gate_up.out_features), buffer(block.down.in_features)
         self.logits = buffer(model.head.out_features)
         self.tokens = torch.zeros(MAX_ROWS, dtype=torch.int64, device=weight.device)
+        self.kept_tokens = self.kept_logits = self.tokens  # of the sequence at hand; `bind` makes them
         self.counters = torch.zeros(ADDRESSES + 2 * len(model.blocks), dtype=torch.int64, device=weight.device)
 
     def bind(self, state: State) -> bool:
         cache = state.cache
-        addresses = [t.data_ptr() for layer in cache.buffers for t in (layer.keys, layer.values) if t is not None]
         capacity = cache.buffers[0].capacity
+        # New ones: what other sequences' steps returned stays as it is.
+        self.kept_tokens = self.tokens.new_empty(capacity, MAX_ROWS)
+        self.kept_logits = self.logits.new_empty(len(state), self.logits.shape[1])
+        buffers = [t for layer in cache.buffers for t in (layer.keys, layer.values) if t is not None]
+        addresses = [t.data_ptr() for t in (self.kept_tokens, self.kept_logits, *buffers)]
         host = torch.tensor([cache.length, capacity, *[0] * MAX_ROWS, *addresses]).pin_memory()
         self.counters.copy_(host, non_blocking=True)
         starts = cache.length - (state.prompt_tokens + (state.step - 1))
         self.counters[FIRST_COLUMNS : FIRST_COLUMNS + len(state)] = starts
         return False
+
+    def result(self, column: int, rows: int) -> tuple[Tensor, Tensor]:
+        return self.kept_logits, self.kept_tokens[column, :rows]
 
     def run(self, bits: int, rows: int) -> None:
         model = self.model

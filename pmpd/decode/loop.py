@@ -32,7 +32,7 @@ class State:
         prompt_tokens: int64 ``[batch]``.
         rows: int64 ``[batch]``, which prompt of the original batch each row is.
         tokens: int64 ``[batch]``, the last token of each row; of no meaning while ``step`` is 0.
-        logits: ``[batch, vocab]`` of the last forward.
+        logits: ``[batch, vocab]`` of the last forward; the next one may write over them.
         step: index of the next step to yield; 0 when only prefill was run.
         bits: precision of the last forward.
         max_new_tokens: how many generated tokens a row the cache has room for.
@@ -57,7 +57,7 @@ class State:
     def fork(self, index: Tensor | None = None) -> State:
         """An independent state of the rows at ``index`` (int64, places in this state; all if None)."""
         if index is None:
-            return replace(self, cache=self.cache.fork())
+            return replace(self, cache=self.cache.fork(), logits=self.logits.clone())
         return replace(self, cache=self.cache.fork(index), **self._small(index))
 
     def keep(self, index: Tensor) -> None:
@@ -115,7 +115,8 @@ class StepModel(Protocol):
         """Read ``state.tokens`` at ``state.bits``, append their KV to ``state.cache``.
 
         Returns:
-            ``[rows, vocab]`` logits and int64 ``[rows]``, the first of the largest in each row; both new tensors.
+            ``[rows, vocab]`` logits, which the state's next step may write over, and int64 ``[rows]``, the first of the
+            largest in each row.
         """
 
 

@@ -7,14 +7,19 @@
 //   [0] the column that this step writes, counted up by the step's last kernel
 //   [1] capacity of the cache in columns
 //   [2 .. 9] first column of each row (left padding before it)
-//   [10 + 2 * layer], [11 + 2 * layer] addresses of keys and values, [rows, kv_heads, capacity, HEAD_DIM]
+//   [10] address of the chosen tokens of all columns, int64 [capacity, 8]
+//   [11] address of the last step's logits, [rows, vocab]
+//   [12 + 2 * layer], [13 + 2 * layer] addresses of keys and values, [rows, kv_heads, capacity, HEAD_DIM]
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #define FIRST_COLUMNS 2
-#define ADDRESSES 10
+#define MAX_ROWS 8
+#define KEPT_TOKENS 10
+#define KEPT_LOGITS 11
+#define ADDRESSES 12
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
 __device__ __forceinline__ float wide(u16 value) {
@@ -156,8 +161,8 @@ extern "C" __global__ void __launch_bounds__(128) gate(const u16* gate_up, u16* 
     ((uint4*)(out + (long long)row * size))[v] = pack(g);
 }
 
-// Greedy choice: the first of the largest of logits [rows, vocab]; grid (blocks, rows). Counts the column up.
-// best [rows] and arrivals [rows] are zero before and after.
+// Greedy choice: the first of the largest of logits [rows, vocab]; grid (blocks, rows). Keeps it and the logits where the
+// binding says, and counts the column up. best [rows] and arrivals [MAX_ROWS + 1] are zero before and after.
 extern "C" __global__ void __launch_bounds__(256) choose(
     const u16* logits, int vocab, long long* tokens, u64* best, u32* arrivals, long long* binding) {
     const int row = blockIdx.y;
@@ -165,8 +170,11 @@ extern "C" __global__ void __launch_bounds__(256) choose(
     u64 key = 0;
     wait_for_previous();
     let_next_start();
+    u16* kept = (u16*)binding[KEPT_LOGITS] + (long long)row * vocab;
     for (int i = blockIdx.x * 256 + threadIdx.x; i < vocab; i += gridDim.x * 256) {
-        u32 bits = __float_as_uint(wide(own[i]));
+        const u16 logit = own[i];
+        kept[i] = logit;
+        u32 bits = __float_as_uint(wide(logit));
         bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;  // the order of floats as that of unsigned integers
         const u64 candidate = ((u64)bits << 32) | (u32)~i;
         key = candidate > key ? candidate : key;
@@ -183,9 +191,15 @@ extern "C" __global__ void __launch_bounds__(256) choose(
     for (int warp = 1; warp < 8; warp++) key = keys[warp] > key ? keys[warp] : key;
     atomicMax(best + row, key);
     if (arrive(arrivals + row) + 1 < gridDim.x) return;
-    tokens[row] = (u32)~(u32)atomicExch(best + row, 0ull);
+    const long long token = (u32)~(u32)atomicExch(best + row, 0ull);
+    tokens[row] = token;
+    ((long long*)binding[KEPT_TOKENS])[binding[0] * MAX_ROWS + row] = token;
     arrivals[row] = 0;
-    if (row == 0) binding[0] += 1;
+    if (gridDim.y > 1) {  // others may not have read the column
+        if (arrive(arrivals + MAX_ROWS) + 1 < gridDim.y) return;
+        arrivals[MAX_ROWS] = 0;
+    }
+    binding[0] += 1;
 }
 
 #define LANES (HEAD_DIM / 8)        // lanes that share a column, 8 channels (16 bytes) each

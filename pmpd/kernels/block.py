@@ -16,7 +16,8 @@ from pmpd.kernels.launch import MAX_ROWS
 from pmpd.kernels.product import describe
 
 FIRST_COLUMNS = 2
-ADDRESSES = FIRST_COLUMNS + MAX_ROWS
+KEPT = FIRST_COLUMNS + MAX_ROWS
+ADDRESSES = KEPT + 2
 """Places in the binding, see ``block.cu``."""
 
 NORM_THREADS, GATE_THREADS, CHOOSE_THREADS, ATTEND_THREADS = 512, 128, 256, 128
@@ -56,7 +57,7 @@ class BlockKernels:
         self._partials = torch.zeros(most * group * (head_dim + 4), device="cuda")
         self._arrivals = torch.zeros(MAX_ROWS * num_kv_heads, dtype=torch.int32, device="cuda")
         self._best = torch.zeros(MAX_ROWS, dtype=torch.int64, device="cuda")
-        self._chosen = torch.zeros(MAX_ROWS, dtype=torch.int32, device="cuda")
+        self._chosen = torch.zeros(MAX_ROWS + 1, dtype=torch.int32, device="cuda")
 
     def norm(self, x: Tensor, weight: Tensor, out: Tensor, eps: float) -> None:
         """``out`` = root-mean-square norm of ``x``, times ``weight``; both are ``[rows, size]``."""
@@ -91,8 +92,8 @@ class BlockKernels:
         self._attend(grid, (ATTEND_THREADS,), *arguments, shared_bytes=self._reserved, programmatic=True)
 
     def choose(self, logits: Tensor, tokens: Tensor, binding: Tensor) -> None:
-        """``tokens [rows]`` = the first of the largest of ``logits [rows, vocab]``; the binding's column is counted
-        up."""
+        """``tokens [rows]`` = the first of the largest of ``logits [rows, vocab]``; both are kept where the binding
+        says, and its column is counted up."""
         rows, vocab = logits.shape
         arguments = (logits, vocab, tokens, self._best, self._chosen, binding)
         self._choose((CHOOSE_BLOCKS, rows), (CHOOSE_THREADS,), *arguments, programmatic=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from pmpd.decode import decode, prefill
 from pmpd.decode.captured import CapturedStep
 from pmpd.decode.graphs import MAX_ROWS, GraphedModel
+from pmpd.decode.loop import State
 from pmpd.records import Schedule
 from pmpd.schedulers import Planned
 from tests.decode.plain import RoundingCell, make_prompts, plain_decode, rounded, tiny
@@ -81,15 +83,29 @@ def test_a_large_batch_takes_the_models_forward(quantised: tuple[nn.Module, Roun
     assert tokens_of(steps, len(prompts)) == expected
 
 
-def test_yielded_tokens_and_logits_are_not_written_over(quantised: tuple[nn.Module, RoundingCell]) -> None:
+def test_what_steps_returned_is_not_written_over(quantised: tuple[nn.Module, RoundingCell]) -> None:
     model, cell = quantised
-    steps_of = graphed(model, cell)
-    state = prefill(steps_of, cell, PROMPTS[:1], 4, max_new_tokens=6)
-    kept = []
-    for step in decode(steps_of, cell, state, Planned(SCHEDULE), max_new_tokens=6, eos_ids=[]):
-        kept.append((step.tokens, state.logits, state.logits.clone()))
-    assert [int(t) for t, _, _ in kept] == plain_decode(model, cell, PROMPTS[0], SCHEDULE, 6)
-    assert all(torch.equal(now, then) for _, now, then in kept)
+    check_what_is_kept(graphed(model, cell), cell)
+
+
+def check_what_is_kept(steps_of: GraphedModel, cell: Any) -> None:
+    """Yielded tokens stay what they were, and a state's logits until its own next step."""
+
+    def take(state: State, num_tokens: int) -> None:
+        for step in decode(steps_of, cell, state, Planned(SCHEDULE), max_new_tokens=num_tokens, eos_ids=[]):
+            yielded.append((step.tokens, step.tokens.clone()))
+
+    yielded: list[tuple[torch.Tensor, torch.Tensor]] = []
+    states = [prefill(steps_of, cell, PROMPTS[i : i + 2], 4, max_new_tokens=M) for i in (0, 2)]
+    take(states[0], 4)
+    states.append(states[0].fork())
+    for num_tokens in (6, 9, M):
+        for state in states:
+            others = [(other.logits, other.logits.clone()) for other in states if other is not state]
+            take(state, num_tokens)
+            assert all(torch.equal(now, then) for now, then in others)
+    assert len(yielded) == 4 + 2 * (M - 4) + M
+    assert all(torch.equal(now, then) for now, then in yielded)
 
 
 def test_a_policy_sees_the_logits_before_its_step(quantised: tuple[nn.Module, RoundingCell]) -> None:
@@ -172,6 +188,7 @@ def test_steps_are_taken_on_the_device_of_their_tensors(monkeypatch: pytest.Monk
     body, state, graph = MagicMock(), MagicMock(bits=4, tokens=MagicMock(is_cuda=True)), MagicMock()
     state.__len__.return_value = 1
     state.tokens.device = torch.device("cuda:1")
+    body.result.return_value = state.logits, state.tokens
     body.bind, graph.replay = note("bind", False), note("replay", None)
     steps_of = GraphedModel(nn.Identity(), None, body)
     monkeypatch.setattr(steps_of, "_capture", note("capture", graph))

@@ -22,6 +22,7 @@ from pmpd.quant import PrecisionCell
 from pmpd.records import Schedule
 from pmpd.schedulers import Fixed, Planned
 from tests.decode.plain import make_prompts, tiny
+from tests.decode.test_graphs import check_what_is_kept
 from tests.decode.test_llama import nested
 from tests.tiny import CONTEXT, HIDDEN, INTERMEDIATE, VOCAB_SIZE
 
@@ -108,7 +109,7 @@ class TestOnGPU:
             for step in decode(graphed, cell, state, Planned(schedule), max_new_tokens=M, eos_ids=[]):
                 assert torch.equal(step.tokens, state.logits.argmax(-1))
                 tokens.append(step.tokens)
-                logits.append(state.logits)
+                logits.append(state.logits.clone())
             for row, prompt in enumerate(PROMPTS):
                 own = [int(t[row]) for t in tokens]
                 expected = exact_logits(exact, exact_cell, prompt, own[:-1], schedule)
@@ -152,6 +153,10 @@ class TestOnGPU:
             return done
 
         assert run(graphed) == run(plain)
+
+    def test_what_steps_returned_is_not_written_over(self, tmp_path: Path) -> None:
+        graphed, cell, *_ = on_gpu(tmp_path, "llama_gqa", torch.float16)
+        check_what_is_kept(graphed, cell)
 
     def test_a_stream_ends_with_its_token(self, tmp_path: Path) -> None:
         graphed, cell, *_ = on_gpu(tmp_path, "llama", torch.float16)

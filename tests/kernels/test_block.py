@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pmpd.kernels.block import ADDRESSES, BlockKernels, not_supported
+from pmpd.kernels.block import ADDRESSES, KEPT, BlockKernels, not_supported
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = [torch.float16, torch.bfloat16]
@@ -69,11 +69,31 @@ class TestOnGPU:
             logits = normal(3, vocab, dtype=dtype, seed=seed) - 9
             logits[1] = logits[1].round()  # many that are equal
             tokens = torch.full((3,), -1, device="cuda")
-            binding = torch.full((ADDRESSES,), 41, device="cuda")
+            kept_tokens = torch.full((43, 8), -1, device="cuda")
+            kept_logits = torch.full_like(logits, torch.nan)
+            places = [41] * KEPT + [kept_tokens.data_ptr(), kept_logits.data_ptr()]
+            assert len(places) == ADDRESSES
+            binding = torch.tensor(places, device="cuda")
             kernels.choose(logits, tokens, binding)
             expected = [int((row == row.max()).nonzero()[0]) for row in logits]
-            assert tokens.tolist() == expected
-            assert binding.tolist() == [42] + [41] * (ADDRESSES - 1)
+            assert tokens.tolist() == kept_tokens[41, :3].tolist() == expected
+            assert int((kept_tokens != -1).sum()) == 3, "of this column alone"
+            assert torch.equal(kept_logits, logits)
+            assert binding.tolist() == [42, *places[1:]]
+
+    def test_columns_are_counted_once_for_many_rows(self) -> None:
+        """Blocks of eight rows do not all run at once: none may read the column when it has been counted up."""
+        kernels, steps = some_kernels(torch.float16), 200
+        logits = normal(8, 32000, dtype=torch.float16)
+        tokens = torch.full((8,), -1, device="cuda")
+        kept_tokens = torch.full((steps + 1, 8), -1, device="cuda")
+        kept_logits = torch.empty_like(logits)
+        binding = torch.tensor([0] * KEPT + [kept_tokens.data_ptr(), kept_logits.data_ptr()], device="cuda")
+        for _ in range(steps):
+            kernels.choose(logits, tokens, binding)
+        assert int(binding[0]) == steps
+        assert torch.equal(kept_tokens[:steps], logits.argmax(-1).expand(steps, 8))
+        assert torch.equal(kept_tokens[steps], torch.full((8,), -1, device="cuda"))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
@@ -96,7 +116,7 @@ class TestOnGPU:
         bias = normal((heads + 2 * kv_heads) * dim, dtype=dtype, seed=4)
         angles = torch.arange(capacity, device="cuda")[:, None] * 10.0 ** -torch.linspace(0, 4, dim // 2, device="cuda")
         turns = torch.stack((angles.cos(), angles.sin()), -1).contiguous()
-        addresses = [0, 0, keys.data_ptr(), values.data_ptr()]
+        addresses = [0, 0, 0, 0, keys.data_ptr(), values.data_ptr()]
         binding = torch.tensor([column, capacity, *starts, *[0] * (8 - rows), *addresses], device="cuda")
         out = torch.full((rows, heads * dim), torch.nan, device="cuda", dtype=dtype)
         for _ in range(2):  # the scratch memory is as it was, and the step can be run again
