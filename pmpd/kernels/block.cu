@@ -1,6 +1,7 @@
-// The small kernels between the products of one decode step of a Llama-family model, for up to 8 sequences.
+// The small kernels between the products of one decode step of a Llama-family model, for up to 8 sequences. After cluster.cu.
 //
-// Compiled for one model: HEAD_DIM (8 * a power of two, at most 256), GROUP (query heads a key-value head), BF16.
+// Compiled for one model: HEAD_DIM (8 * a power of two, at most 256), GROUP (query heads a key-value head), BF16, THREADS of
+// a block of attention and CLUSTER blocks of it at most that join what they have in shared memory.
 // Arithmetic is float32; what is stored is rounded to 16 bits where transformers rounds.
 //
 // binding, int64, in device memory, is what a graph that was captured once reads of the sequence at hand:
@@ -10,10 +11,6 @@
 //   [10] address of the chosen tokens of all columns, int64 [capacity, 8]
 //   [11] address of the last step's logits, [rows, vocab]
 //   [12 + 2 * layer], [13 + 2 * layer] addresses of keys and values, [rows, kv_heads, capacity, HEAD_DIM]
-
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 #define FIRST_COLUMNS 2
 #define MAX_ROWS 8
@@ -203,8 +200,9 @@ extern "C" __global__ void __launch_bounds__(256) choose(
 }
 
 #define LANES (HEAD_DIM / 8)        // lanes that share a column, 8 channels (16 bytes) each
-#define SLOTS (128 / LANES)         // columns that a block looks at at once
+#define SLOTS (THREADS / LANES)     // columns that a block looks at at once
 #define DEPTH 4                     // of these, loaded ahead
+#define PREFETCHED (3 * SLOTS * DEPTH)  // columns brought into the L2 cache ahead: all of a long context do not stay there
 #define MAX_SPLITS 32
 #define PARTIAL (HEAD_DIM + 4)      // unnormalised output, its largest score, its sum of weights, 8 bytes of padding
 
@@ -263,6 +261,43 @@ __device__ __forceinline__ void add_share(
     for (int j = 0; j < 4; j++) result[j] += weight * values[j];
 }
 
+// Four channels of several shares' sums, and what add_share needs of them.
+struct Joined {
+    float top = MINUS_INFINITY, weights = 0.f, result[4] = {};
+
+    // `count` shares in shared memory, `pitch` apart, one with a column at least among all so far.
+    __device__ __forceinline__ void add(const float* shares, int count, int pitch, int channel) {
+        const float before = top;
+        for (int s = 0; s < count; s++) top = fmaxf(top, shares[s * pitch + HEAD_DIM]);
+        const float shrink = exp2f(before - top);
+        weights *= shrink;
+#pragma unroll
+        for (int j = 0; j < 4; j++) result[j] *= shrink;
+        for (int s = 0; s < count; s++) {
+            const float* of = shares + s * pitch;
+            add_share(of + channel, exp2f(of[HEAD_DIM] - top), of[HEAD_DIM + 1], weights, result);
+        }
+    }
+};
+
+// Sums of a warp's lanes for the same channels, LANES apart: all get the sum over all.
+__device__ __forceinline__ void join_lanes(float& largest, float& total, float (&sum)[8]) {
+    float top = largest;
+#pragma unroll
+    for (int d = LANES; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, d));
+    const float shrink = top == MINUS_INFINITY ? 0.f : exp2f(largest - top);
+    largest = top;
+    total *= shrink;
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] *= shrink;
+#pragma unroll
+    for (int d = LANES; d < 32; d *= 2) {
+        total += __shfl_xor_sync(0xffffffff, total, d);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum[j] += __shfl_xor_sync(0xffffffff, sum[j], d);
+    }
+}
+
 __device__ __forceinline__ void write_output(u16* out, long long at, float weights, const float* result) {
     u32 words[2];
 #pragma unroll
@@ -272,16 +307,19 @@ __device__ __forceinline__ void write_output(u16* out, long long at, float weigh
 }
 
 // Attention of one new position over the cache, to which its keys and values are appended: grid (splits, kv_heads,
-// rows), at most MAX_SPLITS of them. Each block takes a share of the columns, the last to finish joins the shares.
+// rows), at most MAX_SPLITS of them. Each block takes a share of the columns. The first block of a cluster joins its shares,
+// the last cluster to finish joins those of all, if there are several.
 // qkv [rows, (heads + 2 * kv_heads) * HEAD_DIM] before rotation; turns [positions, HEAD_DIM / 2] cosine and sine;
-// partials [rows, kv_heads, splits, GROUP, PARTIAL]; arrivals [rows, kv_heads], zero before and after;
+// partials [rows, kv_heads, clusters, GROUP, PARTIAL]; arrivals [rows, kv_heads], zero before and after;
 // out [rows, heads * HEAD_DIM].
-extern "C" __global__ void __launch_bounds__(128) attend(
+extern "C" __global__ void __launch_bounds__(THREADS, (GROUP == 1 ? 4 : GROUP <= 3 ? 3 : 2) * 128 / THREADS) attend(
     const u16* qkv, const u16* bias, const float2* turns, const long long* binding, int layer, float scale,
     float* partials, u32* arrivals, u16* out) {
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, kv_heads = gridDim.y, row = blockIdx.z;
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES, heads = kv_heads * GROUP;
-    __shared__ __align__(16) float shared[SLOTS][GROUP][PARTIAL];
+    __shared__ __align__(16) float shared[THREADS / 32][GROUP][PARTIAL];
+    __shared__ __align__(16) float sent[CLUSTER > 1 ? CLUSTER - 1 : 1][GROUP][PARTIAL];  // by the cluster's other blocks
+    __shared__ u64 barrier;
     __shared__ float tops[GROUP][MAX_SPLITS], sums[GROUP][MAX_SPLITS];
     __shared__ bool last_to_finish;
     // The kernel before this one makes qkv. Binding and older columns are of earlier steps: read before it ends.
@@ -294,6 +332,12 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     const int share = max(SLOTS * DEPTH, ((count + splits - 1) / splits + SLOTS - 1) / SLOTS * SLOTS);
     const int first = start + split * share, end = min(first + share, column + 1);
     const int shares = (count + share - 1) / share;  // short sequences do not need all splits
+    const int rank = cluster_rank(), members = cluster_size();
+    const int clusters = (shares + members - 1) / members;
+    const Inbox inbox = {shared_address(&barrier)};
+    const int others = max(0, min(members, shares - split) - 1);  // that send to this block, if it is the first
+    if (rank == 0 && threadIdx.x == 0) inbox.open(others * sizeof(sent[0]));
+    cluster_arrive();
     if (split >= shares) {
         wait_for_previous();  // every block does, so that this kernel ends after the one before it
         return;
@@ -312,8 +356,9 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     load(keys, values, first, end, column, slot, lane, key, value);
     const int later = first + SLOTS * DEPTH;
     if (threadIdx.x == 0 && later < end) {
-        prefetch(keys + (long long)later * HEAD_DIM, (end - later) * HEAD_DIM * 2);
-        prefetch(values + (long long)later * HEAD_DIM, (end - later) * HEAD_DIM * 2);
+        const u32 bytes = min(end - later, PREFETCHED) * HEAD_DIM * 2;
+        prefetch(keys + (long long)later * HEAD_DIM, bytes);
+        prefetch(values + (long long)later * HEAD_DIM, bytes);
     }
     wait_for_previous();
     let_next_start();
@@ -402,50 +447,59 @@ extern "C" __global__ void __launch_bounds__(128) attend(
     }
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
+        join_lanes(largest[g], total[g], sum[g]);
+        if (threadIdx.x % 32 >= LANES) continue;
+        float* of_warp = shared[threadIdx.x / 32][g];
 #pragma unroll
-        for (int j = 0; j < 8; j++) shared[slot][g][lane * 8 + j] = sum[g][j];
+        for (int j = 0; j < 8; j++) of_warp[lane * 8 + j] = sum[g][j];
         if (lane == 0) {
-            shared[slot][g][HEAD_DIM] = largest[g];
-            shared[slot][g][HEAD_DIM + 1] = total[g];
+            of_warp[HEAD_DIM] = largest[g];
+            of_warp[HEAD_DIM + 1] = total[g];
         }
     }
     __syncthreads();
-    float* joined = partials + (((long long)row * kv_heads + kv_head) * splits) * GROUP * PARTIAL;
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += 128) {
+    if (rank) cluster_wait();  // the first block's inbox is open
+    float* joined = partials + (((long long)row * kv_heads + kv_head) * ((splits + members - 1) / members)) * GROUP * PARTIAL;
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += THREADS) {
         const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
-        float top = MINUS_INFINITY, weights = 0.f, result[4] = {};
-        for (int s = 0; s < SLOTS; s++) top = fmaxf(top, shared[s][g][HEAD_DIM]);
-        for (int s = 0; s < SLOTS; s++) {  // there is a column in every share, so top is finite
-            const float* own_sum = shared[s][g];
-            add_share(own_sum + channel, exp2f(own_sum[HEAD_DIM] - top), own_sum[HEAD_DIM + 1], weights, result);
-        }
-        if (shares == 1) {
-            write_output(out, (long long)(row * heads + kv_head * GROUP) * HEAD_DIM + 4 * i, weights, result);
+        Joined all;
+        all.add(shared[0][g], THREADS / 32, GROUP * PARTIAL, channel);  // there is a column in every share
+        if (rank) {
+            inbox.send(&sent[rank - 1][g][channel], all.result, 0);
+            if (channel == 0) inbox.send(&sent[rank - 1][g][HEAD_DIM], {all.top, all.weights, 0.f, 0.f}, 0);
             continue;
         }
-        float* share_of = joined + ((long long)split * GROUP + g) * PARTIAL;
-        __stcg((float4*)(share_of + channel), make_float4(result[0], result[1], result[2], result[3]));
-        if (channel == 0) __stcg((float2*)(share_of + HEAD_DIM), make_float2(top, weights));
+        if (others) {
+            inbox.wait();
+            all.add(sent[0][g], others, GROUP * PARTIAL, channel);
+        }
+        if (clusters == 1) {
+            write_output(out, (long long)(row * heads + kv_head * GROUP) * HEAD_DIM + 4 * i, all.weights, all.result);
+            continue;
+        }
+        float* share_of = joined + ((long long)(split / members) * GROUP + g) * PARTIAL;
+        __stcg((float4*)(share_of + channel), make_float4(all.result[0], all.result[1], all.result[2], all.result[3]));
+        if (channel == 0) __stcg((float2*)(share_of + HEAD_DIM), make_float2(all.top, all.weights));
     }
-    if (shares == 1) return;
+    if (rank || clusters == 1) return;
     __syncthreads();
     u32* arrived = arrivals + row * kv_heads + kv_head;
-    if (threadIdx.x == 0) last_to_finish = arrive(arrived) + 1 == shares;
+    if (threadIdx.x == 0) last_to_finish = arrive(arrived) + 1 == clusters;
     __syncthreads();
     if (!last_to_finish) return;
-    for (int i = threadIdx.x; i < GROUP * shares; i += 128) {
-        const float* share_of = joined + ((i % shares) * GROUP + i / shares) * PARTIAL;
+    for (int i = threadIdx.x; i < GROUP * clusters; i += THREADS) {
+        const float* share_of = joined + ((i % clusters) * GROUP + i / clusters) * PARTIAL;
         const float2 both = __ldcg((const float2*)(share_of + HEAD_DIM));
-        tops[i / shares][i % shares] = both.x;
-        sums[i / shares][i % shares] = both.y;
+        tops[i / clusters][i % clusters] = both.x;
+        sums[i / clusters][i % clusters] = both.y;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += 128) {
+    for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += THREADS) {
         const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
         float top = MINUS_INFINITY, weights = 0.f, result[4] = {};
-        for (int s = 0; s < shares; s++) top = fmaxf(top, tops[g][s]);
+        for (int s = 0; s < clusters; s++) top = fmaxf(top, tops[g][s]);
 #pragma unroll 8
-        for (int s = 0; s < shares; s++) {
+        for (int s = 0; s < clusters; s++) {
             const float4 part = __ldcg((const float4*)(joined + (s * GROUP + g) * PARTIAL + channel));
             const float values[4] = {part.x, part.y, part.z, part.w};
             add_share(values, exp2f(tops[g][s] - top), sums[g][s], weights, result);

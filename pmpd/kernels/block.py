@@ -21,6 +21,10 @@ ADDRESSES = KEPT + 2
 """Places in the binding, see ``block.cu``."""
 
 NORM_THREADS, GATE_THREADS, CHOOSE_THREADS, ATTEND_THREADS = 512, 128, 256, 128
+CLUSTERS = (8, 4, 2, 1)
+"""Blocks of attention that may join their shares in shared memory; more are not sure to find room."""
+STATIC_BYTES = 48 * 1024
+"""Shared memory that a block may declare itself."""
 MAX_HIDDEN = NORM_THREADS * 32
 HEAD_DIMS = (16, 32, 64, 128, 256)
 MAX_GROUP = 8
@@ -46,13 +50,15 @@ class BlockKernels:
             raise ValueError(reason)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         group = num_heads // num_kv_heads
-        options = [f"-DHEAD_DIM={head_dim}", f"-DGROUP={group}"]
+        gpu = describe(torch.cuda.current_device())
+        self._cluster = max_cluster(group, head_dim) if gpu.clusters else 1
+        sizes = {"HEAD_DIM": head_dim, "GROUP": group, "THREADS": ATTEND_THREADS, "CLUSTER": self._cluster}
+        options = [f"-D{name}={value}" for name, value in sizes.items()]
         module = nvrtc.compile(source(), options + (["-DBF16"] if dtype == torch.bfloat16 else []))
         self._norm, self._gate = module["rms_norm"], module["gate"]
         self._choose, self._attend = module["choose"], module["attend"]
-        gpu = describe(torch.cuda.current_device())
         self._blocks = BLOCKS_A_PROCESSOR * gpu.processors
-        self._reserved = reserved_bytes(group, head_dim, gpu.shared_bytes)
+        self._reserved = reserved_bytes(group, head_dim, gpu.shared_bytes, self._cluster)
         most = MAX_ROWS * num_kv_heads + self._blocks
         self._partials = torch.zeros(most * group * (head_dim + 4), device="cuda")
         self._arrivals = torch.zeros(MAX_ROWS * num_kv_heads, dtype=torch.int32, device="cuda")
@@ -87,9 +93,15 @@ class BlockKernels:
         """
         rows = len(qkv)
         splits = min(max(1, self._blocks // (rows * self.num_kv_heads)), MAX_SPLITS)
+        cluster = next(size for size in CLUSTERS if size <= min(splits, self._cluster))
+        if cluster > 1 and 8 * rows * self.num_kv_heads * cluster > 3 * self._blocks:  # nearly one a processor
+            splits = cluster
+        splits = splits // cluster * cluster
         grid = (splits, self.num_kv_heads, rows)
         arguments = (qkv, bias, turns, binding, layer, scale, self._partials, self._arrivals, out)
-        self._attend(grid, (ATTEND_THREADS,), *arguments, shared_bytes=self._reserved, programmatic=True)
+        self._attend(
+            grid, (ATTEND_THREADS,), *arguments, shared_bytes=self._reserved, programmatic=True, cluster=cluster
+        )
 
     def choose(self, logits: Tensor, tokens: Tensor, binding: Tensor) -> None:
         """``tokens [rows]`` = the first of the largest of ``logits [rows, vocab]``; both are kept where the binding
@@ -112,21 +124,28 @@ def not_supported(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch
     return None
 
 
-def static_bytes(group: int, head_dim: int) -> int:
-    """Shared memory that a block of attention declares itself."""
-    slots = ATTEND_THREADS * 8 // head_dim
-    return 4 * group * (slots * (head_dim + 4) + 2 * MAX_SPLITS) + 1
+def static_bytes(group: int, head_dim: int, cluster: int) -> int:
+    """Shared memory that a block of attention declares itself, at most: shares of its warps and of its cluster's other
+    blocks, what joining those of clusters needs, and a barrier."""
+    shares = ATTEND_THREADS // 32 + max(1, cluster - 1)
+    return 4 * group * (shares * (head_dim + 4) + 2 * MAX_SPLITS) + 16
 
 
-def reserved_bytes(group: int, head_dim: int, shared: int) -> int:
+def max_cluster(group: int, head_dim: int) -> int:
+    """Blocks of attention whose shares one of them has room for."""
+    return next(size for size in CLUSTERS if size == 1 or static_bytes(group, head_dim, size) <= STATIC_BYTES)
+
+
+def reserved_bytes(group: int, head_dim: int, shared: int, cluster: int) -> int:
     """Dynamic shared memory, unused, that keeps attention's blocks apart: ``BLOCKS_A_PROCESSOR`` of them beside a
     product's (:func:`pmpd.kernels.launch.reserved_bytes`), where they are not larger themselves."""
     room = shared - launch.reserved_bytes(shared, alone=True)
-    each = room // BLOCKS_A_PROCESSOR - launch.RESERVED_BYTES - static_bytes(group, head_dim)
+    each = room // BLOCKS_A_PROCESSOR - launch.RESERVED_BYTES - static_bytes(group, head_dim, cluster)
     return max(0, each // 128 * 128)
 
 
 @cache
 def source() -> str:
-    """The CUDA C++ of ``block.cu``."""
-    return (resources.files("pmpd.kernels") / "block.cu").read_text(encoding="utf-8")
+    """The program, CUDA C++."""
+    files = resources.files("pmpd.kernels")
+    return "".join((files / name).read_text(encoding="utf-8") for name in ("cluster.cu", "block.cu"))

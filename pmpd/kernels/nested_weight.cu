@@ -1,6 +1,6 @@
-// A nested weight, copied into shared memory. First part of a program whose method of multiplying is nested_lookup.cu or
-// nested_planes.cu, followed by nested_input.cu, nested_matmul.cu and, with look-up, nested_decode.cu. device.py explains
-// the storage, cuda.py the design.
+// A nested weight, copied into shared memory. After cluster.cu, the second part of a program whose method of multiplying is
+// nested_lookup.cu or nested_planes.cu, followed by nested_input.cu, nested_matmul.cu and, with look-up, nested_decode.cu.
+// device.py explains the storage, cuda.py the design.
 //
 // Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8, by planes 1 or 2; BFLOAT 0 or 1; NORM 0 or 1
 // (RMSNorm of x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is silu(gate) * up); GROUPED 0 or 1 (a
@@ -9,12 +9,6 @@
 // once, which are all of its own if ONCE is 1; MAX_THREADS of a block: 192, 256, 384 or 512; CLUSTER blocks that share tiles, 1
 // below compute capability 9.0; FIXED_BYTES of a block's shared memory, whose layout launch.py has.
 // Short kernels wait for their own instructions, so what a shape does not need is left out.
-// Nothing is included: NVRTC comes without CUDA's headers.
-
-typedef unsigned long long u64;
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
 
 constexpr int TILE = 16;   // rows of the weight that a warp works on: those of one mma
 constexpr int UNIT = 128;  // columns that four mma take: 32 for each of the four lanes that share a row
@@ -42,7 +36,6 @@ __device__ __forceinline__ u32 pick_inverted(u32 a, u32 b, u32 mask) {  // the s
     asm("lop3.b32 %0, %1, %2, %3, 0xB1;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
     return d;
 }
-__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 // Into shared memory, if there.
 __device__ __forceinline__ void store4(u32 to, u32 v, bool there) {
     asm volatile("{ .reg .pred there; setp.ne.s32 there, %2, 0; @there st.shared.u32 [%0], %1; }"
@@ -70,60 +63,6 @@ __device__ __forceinline__ void hold_back(u32 clocks) {
     do asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
     while (now - start < clocks);
 }
-// Blocks of a cluster, which write to each other's shared memory.
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank = 0;
-#if CLUSTER > 1
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return rank;
-}
-__device__ __forceinline__ void cluster_arrive() {  // orders nothing: the inbox has a fence of its own
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-// What other blocks of the cluster send to this one: a barrier in shared memory counts the bytes as they arrive, so there is
-// nothing to wait for but these. (The release of the cluster's own barrier is a fence for the whole GPU.)
-struct Inbox {
-    u32 barrier;
-
-    // By one thread, before its cluster_arrive.
-    __device__ __forceinline__ void open(u32 bytes) const {
-#if CLUSTER > 1
-        asm volatile("mbarrier.init.shared.b64 [%0], 1; fence.mbarrier_init.release.cluster;" ::"r"(barrier) : "memory");
-        asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
-#endif
-    }
-    // To where block `rank`, whose inbox is open, has its `to`. Four at a time, as fewer stores take less time.
-    __device__ __forceinline__ void send(const float* to, const float (&values)[4], u32 rank) const {
-#if CLUSTER > 1
-        asm volatile("{ .reg .u32 there, inbox; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 inbox, %1, %2;"
-                     "  st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [inbox]; }"
-                     ::"r"(shared_address(to)), "r"(barrier), "r"(rank), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
-                     : "memory");
-#endif
-    }
-    __device__ __forceinline__ void send(const float* to, float value, u32 rank) const {
-#if CLUSTER > 1
-        asm volatile("{ .reg .u32 there, inbox; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 inbox, %1, %2;"
-                     "  st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %3, [inbox]; }"
-                     ::"r"(shared_address(to)), "r"(barrier), "r"(rank), "f"(value) : "memory");
-#endif
-    }
-    // Acquires for the block alone, which is the default: what arrives is in its own shared memory, with no cache before it.
-    __device__ __forceinline__ void wait() const {
-#if CLUSTER > 1
-        asm volatile("{ .reg .pred here; AGAIN: mbarrier.try_wait.parity.shared.b64 here, [%0], 0; @!here bra AGAIN; }"
-                     ::"r"(barrier) : "memory");
-#endif
-    }
-};
 __device__ __forceinline__ float to_float(u16 h) {
 #if BFLOAT
     return __uint_as_float(u32(h) << 16);

@@ -18,9 +18,16 @@ from pmpd.kernels.errors import CudaUnavailableError
 from pmpd.kernels.launch import MAX_ROWS, Launch
 
 MIN_CAPABILITY = (8, 0)
-LOOKUP = ("nested_weight.cu", "nested_lookup.cu", "nested_input.cu", "nested_matmul.cu", "nested_decode.cu")
+LOOKUP = (
+    "cluster.cu",
+    "nested_weight.cu",
+    "nested_lookup.cu",
+    "nested_input.cu",
+    "nested_matmul.cu",
+    "nested_decode.cu",
+)
 """One program in this order: products by look-up, and the weight decoded."""
-PLANES = ("nested_weight.cu", "nested_planes.cu", "nested_input.cu", "nested_matmul.cu")
+PLANES = ("cluster.cu", "nested_weight.cu", "nested_planes.cu", "nested_input.cu", "nested_matmul.cu")
 """Products by bit planes."""
 DECODE_WARPS = 4
 

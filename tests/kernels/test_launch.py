@@ -137,7 +137,7 @@ def test_what_was_measured_runs_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("heads_a_key_head", [1, 3, 8])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 def test_a_processor_takes_one_block_of_a_kind_and_two_of_attention(heads_a_key_head: int, head_dim: int) -> None:
     shared = GPUS[0][1]
     processor = shared + launch.RESERVED_BYTES
@@ -145,8 +145,10 @@ def test_a_processor_takes_one_block_of_a_kind_and_two_of_attention(heads_a_key_
     other = launch.reserved_bytes(shared, alone=False)
     assert 2 * alone > processor, "two on one processor"
     assert alone + other + 2 * launch.RESERVED_BYTES <= processor, "one does not fit beside the other"
-    own = block.static_bytes(heads_a_key_head, head_dim)
-    attention = block.reserved_bytes(heads_a_key_head, head_dim, shared) + own + launch.RESERVED_BYTES
+    cluster = block.max_cluster(heads_a_key_head, head_dim)
+    own = block.static_bytes(heads_a_key_head, head_dim, cluster)
+    assert own <= block.STATIC_BYTES or cluster == 1
+    attention = block.reserved_bytes(heads_a_key_head, head_dim, shared, cluster) + own + launch.RESERVED_BYTES
     assert alone + launch.RESERVED_BYTES + 2 * attention <= processor, "attention does not fit beside a product"
     assert 2 * alone + 2 * attention > processor
     assert other + 3 * attention > processor, "three blocks of attention beside a product"
