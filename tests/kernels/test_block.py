@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from pmpd.kernels.block import ADDRESSES, KEPT, BlockKernels, not_supported
+from pmpd.kernels.block import ADDRESSES, KEPT, MAX_SPLITS, BlockKernels, divide, not_supported
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = [torch.float16, torch.bfloat16]
@@ -37,6 +39,32 @@ def some_kernels(dtype: torch.dtype) -> BlockKernels:
 def test_what_has_no_kernels_is_named(sizes: tuple[int, int, int, torch.dtype], reason: str) -> None:
     assert reason in (not_supported(*sizes) or "")
     assert not_supported(32, 8, 128, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    ("heads", "most", "expected"),
+    [
+        (32, 8, (8, 8)),  # Vicuna-7B
+        (16, 8, (8, 8)),  # MobileLLaMA: 16 would be two clusters
+        (32 * 3, 8, (2, 2)),
+        (32 * 5, 8, (1, 1)),
+        (8, 8, (32, 8)),  # one cluster a head would leave half of the processors idle
+        (16, 4, (16, 4)),
+        (32, 1, (8, 1)),
+        (16, 1, (16, 1)),
+    ],
+)
+def test_attention_is_divided_among_the_processors(heads: int, most: int, expected: tuple[int, int]) -> None:
+    assert divide(heads, 132, most) == expected
+
+
+@given(heads=st.integers(1, 512), processors=st.integers(16, 200), most=st.sampled_from([1, 2, 4, 8]))
+def test_every_division_of_attention_is_one_of_whole_clusters(heads: int, processors: int, most: int) -> None:
+    splits, cluster = divide(heads, processors, most)
+    assert cluster <= most
+    assert 1 <= splits <= MAX_SPLITS
+    assert splits % cluster == 0
+    assert heads * splits <= max(heads, 2 * processors), "more than there is scratch memory for"
 
 
 class TestOnGPU:
@@ -101,12 +129,13 @@ class TestOnGPU:
     )
     @pytest.mark.parametrize("column", [0, 5, 130, 1000])
     @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("clusters", [True, False])
     def test_attention_over_the_cache(
-        self, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, column: int, rows: int
+        self, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, column: int, rows: int, clusters: bool
     ) -> None:
         capacity, layer = column + 7, 1
         starts = [0, column // 2, column][:rows]
-        kernels = BlockKernels(heads, kv_heads, dim, dtype)
+        kernels = BlockKernels(heads, kv_heads, dim, dtype, clusters=clusters)
         keys, values = (normal(rows, kv_heads, capacity, dim, dtype=dtype, seed=s) for s in (1, 2))
         keys[:, :, column + 1 :], values[:, :, column:] = torch.nan, torch.nan  # not to be read
         for row, start in enumerate(starts):
