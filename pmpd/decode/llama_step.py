@@ -47,7 +47,7 @@ class LlamaStep:
         self.gate_up, self.gated = buffer(block.gate_up.out_features), buffer(block.down.in_features)
         self.logits = buffer(model.head.out_features)
         self.tokens = torch.zeros(MAX_ROWS, dtype=torch.int64, device=weight.device)
-        self.kept_tokens = self.kept_logits = self.tokens  # of the sequence at hand; `bind` makes them
+        self.kept_tokens, self.kept_logits = self.tokens, self.logits  # of the sequence at hand: `bind` makes its own
         self.counters = torch.zeros(ADDRESSES + 2 * len(model.blocks), dtype=torch.int64, device=weight.device)
 
     def bind(self, state: State) -> bool:

@@ -310,8 +310,8 @@ __device__ __forceinline__ void write_output(u16* out, long long at, float weigh
 // rows), at most MAX_SPLITS of them. Each block takes a share of the columns. The first block of a cluster joins its shares,
 // the last cluster to finish joins those of all, if there are several.
 // qkv [rows, (heads + 2 * kv_heads) * HEAD_DIM] before rotation; turns [positions, HEAD_DIM / 2] cosine and sine;
-// partials [rows, kv_heads, clusters, GROUP, PARTIAL]; arrivals [rows, kv_heads], zero before and after;
-// out [rows, heads * HEAD_DIM].
+// partials [rows, kv_heads, splits / a cluster's blocks, GROUP, PARTIAL]; arrivals [rows, kv_heads], zero before and after;
+// out [rows, heads * HEAD_DIM]. With three heads the compiler would take registers that leave no room beside a product.
 extern "C" __global__ void __launch_bounds__(THREADS, (GROUP == 1 ? 4 : GROUP <= 3 ? 3 : 2) * 128 / THREADS) attend(
     const u16* qkv, const u16* bias, const float2* turns, const long long* binding, int layer, float scale,
     float* partials, u32* arrivals, u16* out) {
@@ -333,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, (GROUP == 1 ? 4 : GROUP <=
     const int first = start + split * share, end = min(first + share, column + 1);
     const int shares = (count + share - 1) / share;  // short sequences do not need all splits
     const int rank = cluster_rank(), members = cluster_size();
-    const int clusters = (shares + members - 1) / members;
+    const int clusters = (shares + members - 1) / members;  // with columns
     const Inbox inbox = {shared_address(&barrier)};
     const int others = max(0, min(members, shares - split) - 1);  // that send to this block, if it is the first
     if (rank == 0 && threadIdx.x == 0) inbox.open(others * sizeof(sent[0]));
@@ -459,7 +459,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, (GROUP == 1 ? 4 : GROUP <=
     }
     __syncthreads();
     if (rank) cluster_wait();  // the first block's inbox is open
-    float* joined = partials + (((long long)row * kv_heads + kv_head) * ((splits + members - 1) / members)) * GROUP * PARTIAL;
+    float* joined = partials + (((long long)row * kv_heads + kv_head) * (splits / members)) * GROUP * PARTIAL;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += THREADS) {
         const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
         Joined all;

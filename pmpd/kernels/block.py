@@ -31,8 +31,7 @@ MAX_GROUP = 8
 CHOOSE_BLOCKS = 64
 BLOCKS_A_PROCESSOR = 2
 MAX_SPLITS = 32
-"""Of attention: over all heads and rows, and for one head. On an H100, 32 heads of 128 channels and 512 columns: 8.3 us
-with 1 block a processor, 7.8 with 2, 9.2 with 4, before the joining of shares was made parallel."""
+"""Blocks of attention at most: over all heads and rows, and for one head."""
 
 
 class BlockKernels:
@@ -56,9 +55,7 @@ class BlockKernels:
         group = num_heads // num_kv_heads
         gpu = describe(torch.cuda.current_device())
         self._cluster = max_cluster(group, head_dim) if clusters and gpu.clusters else 1
-        sizes = {"HEAD_DIM": head_dim, "GROUP": group, "THREADS": ATTEND_THREADS, "CLUSTER": self._cluster}
-        options = [f"-D{name}={value}" for name, value in sizes.items()]
-        module = nvrtc.compile(source(), options + (["-DBF16"] if dtype == torch.bfloat16 else []))
+        module = nvrtc.compile(source(), options(group, head_dim, dtype, self._cluster))
         self._norm, self._gate = module["rms_norm"], module["gate"]
         self._choose, self._attend = module["choose"], module["attend"]
         self._processors = gpu.processors
@@ -127,9 +124,10 @@ def not_supported(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch
 def divide(heads: int, processors: int, most: int) -> tuple[int, int]:
     """Blocks of attention for each of ``heads`` key-value heads of all rows, and how many of them form a cluster.
 
-    ``BLOCKS_A_PROCESSOR`` a processor. Where clusters of up to ``most`` make three quarters of one, each head is one
-    cluster: on an H100 (16 heads of 128 channels, 512 columns) a step of 24 layers took 430 us with 8 blocks a head and
-    506 with 16 in two clusters, 480 with 16 and no clusters.
+    ``BLOCKS_A_PROCESSOR`` a processor. Where one cluster of up to ``most`` a head gives more than three quarters of a
+    block a processor, it is all that a head gets: on an H100 (MobileLLaMA, 2 bits, 512 columns: 16 heads of 128
+    channels) a step of 24 layers took 430 us with 8 blocks a head, 506 with 16 in two clusters, 480 with 16 and no
+    clusters.
     """
     splits = min(max(1, BLOCKS_A_PROCESSOR * processors // heads), MAX_SPLITS)
     cluster = next(size for size in CLUSTERS if size <= min(splits, most))
@@ -156,6 +154,12 @@ def reserved_bytes(group: int, head_dim: int, shared: int, cluster: int) -> int:
     room = shared - launch.reserved_bytes(shared, alone=True)
     each = room // BLOCKS_A_PROCESSOR - launch.RESERVED_BYTES - static_bytes(group, head_dim, cluster)
     return max(0, each // 128 * 128)
+
+
+def options(group: int, head_dim: int, dtype: torch.dtype, cluster: int) -> list[str]:
+    """For the compiler."""
+    choices = {"HEAD_DIM": head_dim, "GROUP": group, "THREADS": ATTEND_THREADS, "CLUSTER": cluster}
+    return [f"-D{name}={value}" for name, value in choices.items()] + ["-DBF16"] * (dtype == torch.bfloat16)
 
 
 @cache

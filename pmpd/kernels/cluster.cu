@@ -1,4 +1,4 @@
-// Blocks of a cluster, which write to each other's shared memory: first part of every program. CLUSTER (-D): the most blocks
+// Blocks of a cluster, which write to each other's shared memory: first part of every program of this folder. CLUSTER (-D): the most blocks
 // of one, 1 below compute capability 9.0, where there are none. Nothing is included: NVRTC comes without CUDA's headers.
 
 typedef unsigned long long u64;

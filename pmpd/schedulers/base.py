@@ -21,7 +21,8 @@ class Policy(Protocol):
         """The whole plan, if it is known before decoding; None if every step is decided on its own."""
 
     def bits(self, step: int, logits: Tensor | None) -> int:
-        """Bits of decode step ``step`` (from 1); ``logits`` ``[batch, vocab]`` are those of the forward before it."""
+        """Bits of decode step ``step`` (from 1); ``logits`` ``[batch, vocab]`` are those of the forward before it,
+        which the step may write over."""
 
 
 class Scheduler(Protocol):

@@ -47,6 +47,16 @@ def test_a_padded_batch_yields_what_each_prompt_yields_alone(tmp_path: Path, fam
         torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-9)
 
 
+def test_a_fork_has_logits_of_its_own(quantised: tuple[nn.Module, RoundingCell]) -> None:
+    """A step may write over its state's."""
+    model, cell = quantised
+    state = prefill(model, cell, PROMPTS[:2], 4, max_new_tokens=M)
+    for fork in (state.fork(), state.fork(torch.tensor([0, 1]))):
+        before = fork.logits.clone()
+        state.logits.add_(1)
+        assert torch.equal(fork.logits, before)
+
+
 def final_logits(model: nn.Module, cell: object, prompts: list[list[int]], schedule: Schedule, m: int) -> Tensor:
     state = prefill(model, cell, prompts, schedule.prefill_bits, max_new_tokens=m)  # type: ignore[arg-type]
     for _ in decode(model, cell, state, Planned(schedule), max_new_tokens=m, eos_ids=[]):  # type: ignore[arg-type]

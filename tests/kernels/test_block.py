@@ -48,6 +48,8 @@ def test_what_has_no_kernels_is_named(sizes: tuple[int, int, int, torch.dtype], 
         (16, 8, (8, 8)),  # MobileLLaMA: 16 would be two clusters
         (32 * 3, 8, (2, 2)),
         (32 * 5, 8, (1, 1)),
+        (13, 8, (8, 8)),
+        (12, 8, (16, 8)),  # 12 * 8 is three quarters of the processors, not more
         (8, 8, (32, 8)),  # one cluster a head would leave half of the processors idle
         (16, 4, (16, 4)),
         (32, 1, (8, 1)),
@@ -125,16 +127,17 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
-        ("heads", "kv_heads", "dim"), [(32, 32, 128), (9, 3, 64), (12, 2, 128), (16, 2, 64), (4, 4, 16), (2, 1, 256)]
+        ("heads", "kv_heads", "dim"),
+        [(32, 32, 128), (9, 3, 64), (12, 2, 128), (16, 2, 64), (4, 4, 16), (2, 1, 256), (6, 1, 256), (8, 1, 256)],
     )
-    @pytest.mark.parametrize("column", [0, 5, 130, 1000])
-    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("column", [0, 5, 130, 600, 1000])
+    @pytest.mark.parametrize("rows", [1, 3, 5])
     @pytest.mark.parametrize("clusters", [True, False])
     def test_attention_over_the_cache(
         self, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, column: int, rows: int, clusters: bool
     ) -> None:
         capacity, layer = column + 7, 1
-        starts = [0, column // 2, column][:rows]
+        starts = [0, column // 2, column, column // 3, 0][:rows]
         kernels = BlockKernels(heads, kv_heads, dim, dtype, clusters=clusters)
         keys, values = (normal(rows, kv_heads, capacity, dim, dtype=dtype, seed=s) for s in (1, 2))
         keys[:, :, column + 1 :], values[:, :, column:] = torch.nan, torch.nan  # not to be read

@@ -147,7 +147,7 @@ def test_a_processor_takes_one_block_of_a_kind_and_two_of_attention(heads_a_key_
     assert alone + other + 2 * launch.RESERVED_BYTES <= processor, "one does not fit beside the other"
     cluster = block.max_cluster(heads_a_key_head, head_dim)
     own = block.static_bytes(heads_a_key_head, head_dim, cluster)
-    assert own <= block.STATIC_BYTES or cluster == 1
+    assert own <= block.STATIC_BYTES
     attention = block.reserved_bytes(heads_a_key_head, head_dim, shared, cluster) + own + launch.RESERVED_BYTES
     assert alone + launch.RESERVED_BYTES + 2 * attention <= processor, "attention does not fit beside a product"
     assert 2 * alone + 2 * attention > processor

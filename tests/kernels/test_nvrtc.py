@@ -1,3 +1,4 @@
+import re
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -5,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pmpd.kernels import CudaUnavailableError, nvrtc
+from pmpd.kernels import CudaUnavailableError, block, nvrtc
 from pmpd.kernels.product import Variant
 
 SCALE = """
@@ -88,6 +89,34 @@ def test_the_products_kernels_compile_without_a_device(architecture: str, varian
     except RuntimeError as error:
         pytest.skip(f"needs NVRTC: {error}")
     assert nvrtc.cubin(variant.source, variant.options, architecture)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "group", "head_dim", "dtype"),
+    [
+        ("sm_80", 1, 128, torch.float16),
+        ("sm_90", 1, 128, torch.float16),
+        ("sm_90", 3, 64, torch.bfloat16),
+        ("sm_90", 6, 256, torch.float16),
+        ("sm_90", 8, 256, torch.float16),
+        ("sm_89", 8, 16, torch.float16),
+    ],
+)
+def test_attention_declares_no_more_shared_memory_than_is_counted(
+    architecture: str, group: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    try:
+        nvrtc.nvrtc_version()
+    except RuntimeError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+    cluster = block.max_cluster(group, head_dim) if architecture == "sm_90" else 1
+    flags = [*block.options(group, head_dim, dtype, cluster), "--ptxas-options=-v"]
+    _, log = nvrtc.build(block.source(), flags, architecture)
+    of_attention = log[log.index("Function properties for attend") :]
+    declared = int(re.findall(r"(\d+) bytes smem", of_attention)[0])
+    counted = block.static_bytes(group, head_dim, cluster)
+    assert declared <= counted
+    assert cluster == 1 or declared > counted - 16
 
 
 def test_the_joint_quantisers_kernels_compile_without_a_device() -> None:
