@@ -127,7 +127,7 @@ def divide(heads: int, processors: int, most: int) -> tuple[int, int]:
     ``BLOCKS_A_PROCESSOR`` a processor. Where one cluster of up to ``most`` a head gives more than three quarters of a
     block a processor, it is all that a head gets: on an H100 (MobileLLaMA, 2 bits, 512 columns: 16 heads of 128
     channels) a step of 24 layers took 430 us with 8 blocks a head, 506 with 16 in two clusters, 480 with 16 and no
-    clusters.
+    clusters (docs/decoding.md).
     """
     splits = min(max(1, BLOCKS_A_PROCESSOR * processors // heads), MAX_SPLITS)
     cluster = next(size for size in CLUSTERS if size <= min(splits, most))

@@ -70,6 +70,15 @@ def test_machine_code_that_cannot_be_kept_is_used_and_said_once(
     assert caplog.text.count("set XDG_CACHE_HOME to a folder that can be written") == 1
 
 
+@pytest.fixture
+def real_compiler() -> None:
+    try:
+        nvrtc.nvrtc_version()
+    except RuntimeError as error:
+        pytest.skip(f"needs NVRTC: {error}")
+
+
+@pytest.mark.usefixtures("real_compiler")
 @pytest.mark.parametrize(
     ("architecture", "variant"),
     [
@@ -84,13 +93,10 @@ def test_machine_code_that_cannot_be_kept_is_used_and_said_once(
     ],
 )
 def test_the_products_kernels_compile_without_a_device(architecture: str, variant: Variant) -> None:
-    try:
-        nvrtc.nvrtc_version()
-    except RuntimeError as error:
-        pytest.skip(f"needs NVRTC: {error}")
     assert nvrtc.cubin(variant.source, variant.options, architecture)[:4] == b"\x7fELF"
 
 
+@pytest.mark.usefixtures("real_compiler")
 @pytest.mark.parametrize(
     ("architecture", "group", "head_dim", "dtype"),
     [
@@ -105,10 +111,6 @@ def test_the_products_kernels_compile_without_a_device(architecture: str, varian
 def test_attention_declares_no_more_shared_memory_than_is_counted(
     architecture: str, group: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    try:
-        nvrtc.nvrtc_version()
-    except RuntimeError as error:
-        pytest.skip(f"needs NVRTC: {error}")
     cluster = block.max_cluster(group, head_dim) if architecture == "sm_90" else 1
     flags = [*block.options(group, head_dim, dtype, cluster), "--ptxas-options=-v"]
     _, log = nvrtc.build(block.source(), flags, architecture)
@@ -119,11 +121,8 @@ def test_attention_declares_no_more_shared_memory_than_is_counted(
     assert cluster == 1 or declared > counted - 16
 
 
+@pytest.mark.usefixtures("real_compiler")
 def test_the_joint_quantisers_kernels_compile_without_a_device() -> None:
-    try:
-        nvrtc.nvrtc_version()
-    except RuntimeError as error:
-        pytest.skip(f"needs NVRTC: {error}")
     source = resources.files("pmpd.quant").joinpath("joint_steps.cu").read_text()
     assert nvrtc.cubin(source, (), "sm_80")[:4] == b"\x7fELF"
 
