@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                              Vicuna-7B's and MobileLLaMA-1.4B's shapes
     python benchmarks/decode.py --models mobilellama --bits 4 3
+    python benchmarks/decode.py --models llama3_1_8b qwen2_1_5b --out /tmp/decode.csv    heads that share keys
     python benchmarks/decode.py --hf                         also transformers' own step in a graph, at 16 bits
     python benchmarks/decode.py --compiled                   the same by torch.compile (a C compiler; a minute a model)
     python benchmarks/decode.py --profile                    each kernel of a block, none overlapping the next; no CSV
@@ -55,7 +56,18 @@ WARM_UP = 8
 SHAPES: dict[str, dict[str, Any]] = {
     "vicuna7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "mobilellama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "llama3_1_8b": {
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        **{"num_key_value_heads": 8, "vocab_size": 128256},
+    },
+    "qwen2_1_5b": {
+        **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+        **{"num_key_value_heads": 2, "vocab_size": 151936, "model_type": "qwen2"},
+    },
 }
+"""In ``config.json``'s words; heads share no keys and the vocabulary has 32000 tokens unless they say so."""
+MODELS = ("vicuna7b", "mobilellama")
+"""The paper's."""
 
 
 class Alternating:
@@ -103,9 +115,8 @@ def wall_us(model: Any, cell: Any, prompt: list[int], bits: int, steps: int) -> 
 
 
 def shape(name: str) -> Any:
-    heads = SHAPES[name]["num_attention_heads"]
     return AutoConfig.for_model(
-        "llama", **SHAPES[name], num_key_value_heads=heads, vocab_size=32000, max_position_embeddings=4096
+        **{"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096} | SHAPES[name]
     )
 
 
@@ -237,7 +248,7 @@ def profile(name: str, bits: list[int], prompt: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=SHAPES)
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], help="falling; none: 16 bits alone")
     parser.add_argument("--context", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=64)

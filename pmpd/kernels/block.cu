@@ -307,10 +307,10 @@ __device__ __forceinline__ void write_output(u16* out, long long at, float weigh
 }
 
 // Attention of one new position over the cache, to which its keys and values are appended: grid (splits, kv_heads,
-// rows), at most MAX_SPLITS of them. Each block takes a share of the columns. The first block of a cluster joins its shares,
-// the last cluster to finish joins those of all, if there are several.
+// rows), at most MAX_SPLITS of them. Each block takes a share of the columns. If a head's blocks are a cluster, the first of
+// them joins their shares, otherwise the last to finish.
 // qkv [rows, (heads + 2 * kv_heads) * HEAD_DIM] before rotation; turns [positions, HEAD_DIM / 2] cosine and sine;
-// partials [rows, kv_heads, splits / a cluster's blocks, GROUP, PARTIAL]; arrivals [rows, kv_heads], zero before and after;
+// partials [rows, kv_heads, splits, GROUP, PARTIAL]; arrivals [rows, kv_heads], zero before and after;
 // out [rows, heads * HEAD_DIM]. With three heads the compiler would take registers that leave no room beside a product.
 extern "C" __global__ void __launch_bounds__(THREADS, (GROUP == 1 ? 4 : GROUP <= 3 ? 3 : 2) * 128 / THREADS) attend(
     const u16* qkv, const u16* bias, const float2* turns, const long long* binding, int layer, float scale,
@@ -332,11 +332,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, (GROUP == 1 ? 4 : GROUP <=
     const int share = max(SLOTS * DEPTH, ((count + splits - 1) / splits + SLOTS - 1) / SLOTS * SLOTS);
     const int first = start + split * share, end = min(first + share, column + 1);
     const int shares = (count + share - 1) / share;  // short sequences do not need all splits
-    const int rank = cluster_rank(), members = cluster_size();
-    const int clusters = (shares + members - 1) / members;  // with columns
+    const bool clustered = cluster_size() > 1;
+    const int senders = clustered ? shares - 1 : 0;  // to the first block
     const Inbox inbox = {shared_address(&barrier)};
-    const int others = max(0, min(members, shares - split) - 1);  // that send to this block, if it is the first
-    if (rank == 0 && threadIdx.x == 0) inbox.open(others * sizeof(sent[0]));
+    if (split == 0 && threadIdx.x == 0) inbox.open(senders * sizeof(sent[0]));
     cluster_arrive();
     if (split >= shares) {
         wait_for_previous();  // every block does, so that this kernel ends after the one before it
@@ -458,48 +457,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, (GROUP == 1 ? 4 : GROUP <=
         }
     }
     __syncthreads();
-    if (rank) cluster_wait();  // the first block's inbox is open
-    float* joined = partials + (((long long)row * kv_heads + kv_head) * (splits / members)) * GROUP * PARTIAL;
+    if (split) cluster_wait();  // the first block's inbox is open
+    float* joined = partials + (((long long)row * kv_heads + kv_head) * splits) * GROUP * PARTIAL;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += THREADS) {
         const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
         Joined all;
         all.add(shared[0][g], THREADS / 32, GROUP * PARTIAL, channel);  // there is a column in every share
-        if (rank) {
-            inbox.send(&sent[rank - 1][g][channel], all.result, 0);
-            if (channel == 0) inbox.send(&sent[rank - 1][g][HEAD_DIM], {all.top, all.weights, 0.f, 0.f}, 0);
+        if (clustered && split) {
+            inbox.send(&sent[split - 1][g][channel], all.result, 0);
+            if (channel == 0) inbox.send(&sent[split - 1][g][HEAD_DIM], {all.top, all.weights, 0.f, 0.f}, 0);
             continue;
         }
-        if (others) {
+        if (senders) {
             inbox.wait();
-            all.add(sent[0][g], others, GROUP * PARTIAL, channel);
+            all.add(sent[0][g], senders, GROUP * PARTIAL, channel);
         }
-        if (clusters == 1) {
+        if (clustered || shares == 1) {
             write_output(out, (long long)(row * heads + kv_head * GROUP) * HEAD_DIM + 4 * i, all.weights, all.result);
             continue;
         }
-        float* share_of = joined + ((long long)(split / members) * GROUP + g) * PARTIAL;
+        float* share_of = joined + ((long long)split * GROUP + g) * PARTIAL;
         __stcg((float4*)(share_of + channel), make_float4(all.result[0], all.result[1], all.result[2], all.result[3]));
         if (channel == 0) __stcg((float2*)(share_of + HEAD_DIM), make_float2(all.top, all.weights));
     }
-    if (rank || clusters == 1) return;
+    if (clustered || shares == 1) return;
     __syncthreads();
     u32* arrived = arrivals + row * kv_heads + kv_head;
-    if (threadIdx.x == 0) last_to_finish = arrive(arrived) + 1 == clusters;
+    if (threadIdx.x == 0) last_to_finish = arrive(arrived) + 1 == shares;
     __syncthreads();
     if (!last_to_finish) return;
-    for (int i = threadIdx.x; i < GROUP * clusters; i += THREADS) {
-        const float* share_of = joined + ((i % clusters) * GROUP + i / clusters) * PARTIAL;
+    for (int i = threadIdx.x; i < GROUP * shares; i += THREADS) {
+        const float* share_of = joined + ((i % shares) * GROUP + i / shares) * PARTIAL;
         const float2 both = __ldcg((const float2*)(share_of + HEAD_DIM));
-        tops[i / clusters][i % clusters] = both.x;
-        sums[i / clusters][i % clusters] = both.y;
+        tops[i / shares][i % shares] = both.x;
+        sums[i / shares][i % shares] = both.y;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += THREADS) {
         const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;
         float top = MINUS_INFINITY, weights = 0.f, result[4] = {};
-        for (int s = 0; s < clusters; s++) top = fmaxf(top, tops[g][s]);
+        for (int s = 0; s < shares; s++) top = fmaxf(top, tops[g][s]);
 #pragma unroll 8
-        for (int s = 0; s < clusters; s++) {
+        for (int s = 0; s < shares; s++) {
             const float4 part = __ldcg((const float4*)(joined + (s * GROUP + g) * PARTIAL + channel));
             const float values[4] = {part.x, part.y, part.z, part.w};
             add_share(values, exp2f(tops[g][s] - top), sums[g][s], weights, result);

@@ -122,18 +122,16 @@ def not_supported(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch
 
 
 def divide(heads: int, processors: int, most: int) -> tuple[int, int]:
-    """Blocks of attention for each of ``heads`` key-value heads of all rows, and how many of them form a cluster.
+    """Blocks of attention for each of ``heads`` key-value heads of all rows, and how many of them form a cluster: all
+    or none (1).
 
-    ``BLOCKS_A_PROCESSOR`` a processor. Where one cluster of up to ``most`` a head gives more than three quarters of a
-    block a processor, it is all that a head gets: on an H100 (MobileLLaMA, 2 bits, 512 columns: 16 heads of 128
-    channels) a step of 24 layers took 430 us with 8 blocks a head, 506 with 16 in two clusters, 480 with 16 and no
-    clusters (docs/decoding.md).
+    One cluster of up to ``most`` where that makes more than three quarters of a block a processor, otherwise
+    ``BLOCKS_A_PROCESSOR`` a processor without clusters. Several clusters a head were tried and are not there
+    (docs/decoding.md has the times).
     """
     splits = min(max(1, BLOCKS_A_PROCESSOR * processors // heads), MAX_SPLITS)
     cluster = next(size for size in CLUSTERS if size <= min(splits, most))
-    if cluster > 1 and 4 * heads * cluster > 3 * processors:
-        return cluster, cluster
-    return splits // cluster * cluster, cluster
+    return (cluster, cluster) if 4 * heads * cluster > 3 * processors else (splits, 1)
 
 
 def static_bytes(group: int, head_dim: int, cluster: int) -> int:
