@@ -8,14 +8,14 @@ first. So it is the loop that is timed. Weights are random, of the models' true 
 
 from __future__ import annotations
 
-from typing import Any
 from unittest import mock
 
 import torch
-from decode import WARM_UP, shape, times_from_us
+from decode import SHAPES, WARM_UP, shape, times_from_us
 
 from pmpd.decode import prefill
 from pmpd.decode.graphs import GraphedModel
+from pmpd.decode.llama import head_dim
 from pmpd.decode.llama_step import LlamaStep
 from pmpd.decode.random import random_llama
 from pmpd.kernels import launch
@@ -23,15 +23,35 @@ from pmpd.kernels.launch import Launch
 from pmpd.records import Schedule
 from pmpd.schedulers import Planned
 
-PRODUCTS = ("qkv", "output", "gate_up", "down")
 STEPS = 20
+
+
+def products(name: str) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each of a block's products."""
+    config = shape(name)
+    channels = head_dim(config)
+    heads, kv_heads = config.num_attention_heads * channels, config.num_key_value_heads * channels
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    return {
+        "qkv": (heads + 2 * kv_heads, hidden),
+        "output": (hidden, heads),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
+
+
+def own_products(name: str) -> list[str]:
+    """Those of a shape that no model before it in ``SHAPES`` has: a shape has one launch in a chain."""
+    earlier = list(SHAPES)[: list(SHAPES).index(name)]
+    theirs = {sizes for other in earlier for sizes in products(other).values()}
+    return [part for part, sizes in products(name).items() if sizes not in theirs]
 
 
 class Chain:
     """The kernels of one random model's step.
 
     Attributes:
-        shapes: outputs and inputs of each of a block's products, no two alike.
+        shapes: of :func:`products`, no two alike.
     """
 
     def __init__(self, name: str, bits: list[int], context: int) -> None:
@@ -41,9 +61,8 @@ class Chain:
         self.step = LlamaStep(self.llama)
         prompt = torch.randint(3, 32000, (context,)).tolist()
         self.state = prefill(self.llama, self.cell, [prompt], bits[0], max_new_tokens=STEPS + WARM_UP + 1)
-        layers: Any = {name: getattr(self.llama.blocks[0], name) for name in PRODUCTS}
-        self.shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        assert len(set(self.shapes.values())) == len(PRODUCTS)
+        self.shapes = products(name)
+        assert len(set(self.shapes.values())) == len(self.shapes)
 
     def times_us(self, bits: int, launches: dict[str, Launch]) -> list[float]:
         """Microseconds of each step of the decode loop, at ``bits``."""
