@@ -1,8 +1,7 @@
 """Decode steps on a GPU: microseconds a token at every precision, what a switch costs, what the model takes.
 
-    python benchmarks/decode.py                              Vicuna-7B's and MobileLLaMA-1.4B's shapes
+    python benchmarks/decode.py                              the shapes of two models of the paper and two others
     python benchmarks/decode.py --models mobilellama --bits 4 3
-    python benchmarks/decode.py --models llama3_1_8b qwen2_1_5b --out /tmp/decode.csv    heads that share keys
     python benchmarks/decode.py --hf                         also transformers' own step in a graph, at 16 bits
     python benchmarks/decode.py --compiled                   the same by torch.compile (a C compiler; a minute a model)
     python benchmarks/decode.py --profile                    each kernel of a block, none overlapping the next; no CSV
@@ -63,11 +62,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2_1_5b": {
         **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
         **{"num_key_value_heads": 2, "vocab_size": 151936, "model_type": "qwen2"},
+        "tie_word_embeddings": True,
     },
 }
 """In ``config.json``'s words; heads share no keys and the vocabulary has 32000 tokens unless they say so."""
-MODELS = ("vicuna7b", "mobilellama")
-"""The paper's."""
 
 
 class Alternating:
@@ -248,7 +246,7 @@ def profile(name: str, bits: list[int], prompt: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=SHAPES)
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2], help="falling; none: 16 bits alone")
     parser.add_argument("--context", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=64)
