@@ -27,16 +27,16 @@ STEPS = 20
 
 
 def products(name: str) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of each of a block's products."""
+    """Outputs and inputs of each of a block's products, in the order of their descents."""
     config = shape(name)
     channels = head_dim(config)
     heads, kv_heads = config.num_attention_heads * channels, config.num_key_value_heads * channels
     hidden, intermediate = config.hidden_size, config.intermediate_size
     return {
-        "qkv": (heads + 2 * kv_heads, hidden),
-        "output": (hidden, heads),
         "gate_up": (2 * intermediate, hidden),
         "down": (hidden, intermediate),
+        "qkv": (heads + 2 * kv_heads, hidden),
+        "output": (hidden, heads),
     }
 
 
@@ -52,6 +52,7 @@ class Chain:
 
     Attributes:
         shapes: of :func:`products`, no two alike.
+        own: those products whose launches are this model's to choose, :func:`own_products`.
     """
 
     def __init__(self, name: str, bits: list[int], context: int) -> None:
@@ -61,7 +62,9 @@ class Chain:
         self.step = LlamaStep(self.llama)
         prompt = torch.randint(3, 32000, (context,)).tolist()
         self.state = prefill(self.llama, self.cell, [prompt], bits[0], max_new_tokens=STEPS + WARM_UP + 1)
-        self.shapes = products(name)
+        self.shapes, self.own = products(name), own_products(name)
+        layers = {part: getattr(self.llama.blocks[0], part) for part in self.shapes}
+        assert self.shapes == {part: (layer.out_features, layer.in_features) for part, layer in layers.items()}
         assert len(set(self.shapes.values())) == len(self.shapes)
 
     def times_us(self, bits: int, launches: dict[str, Launch]) -> list[float]:

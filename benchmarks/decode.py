@@ -56,12 +56,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "vicuna7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "mobilellama": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
     "llama3_1_8b": {
-        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-        **{"num_key_value_heads": 8, "vocab_size": 128256},
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
     },
     "qwen2_1_5b": {
-        **{"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
-        **{"num_key_value_heads": 2, "vocab_size": 151936, "model_type": "qwen2"},
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
 }
@@ -276,8 +285,7 @@ def main() -> None:
             hf_model(table, name, prompt, args.steps, compiled)
             gc.collect()
         torch.cuda.empty_cache()
-        if not args.profile:
-            table.write(args.out)  # what there is, should the next model fail
+        table.write(args.out)  # what there is, should the next model fail
 
 
 if __name__ == "__main__":

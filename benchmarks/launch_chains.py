@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from chain import Chain, own_products
+from chain import Chain
 from launch_choices import (
     QUEUES,
     START,
@@ -72,12 +71,12 @@ def chains(bits: list[int], models: list[str], table: Table) -> None:
     gpu = product.describe(torch.cuda.current_device())
     processors = gpu.processors
     for name in models:
-        chain, parts = Chain(name, sorted(bits, reverse=True), 512), own_products(name)
+        chain = Chain(name, sorted(bits, reverse=True), 512)
         compile_all(chain_variants(chain, bits, gpu), architecture(gpu))
         for b in sorted(bits):
-            table.forget_chain(b, [chain.shapes[part] for part in parts])
+            table.forget_chain(b, [chain.shapes[part] for part in chain.own])
             for planes in (False, True)[: 2 if b <= launch.PLANES_MAX_BITS else 1]:
-                for part, plan, us in best_chain(chain, parts, b, processors, planes=planes):
+                for part, plan, us in best_chain(chain, b, processors, planes=planes):
                     table.add(Case(b, 1, *chain.shapes[part]), plan, us, processors, chain=1)
 
 
@@ -85,24 +84,23 @@ def chain_variants(chain: Chain, bits: list[int], gpu: product.Gpu) -> Iterator[
     """Of all launches that :func:`best_chain` may try."""
     norm = torch.empty(0)
     fused = {"qkv": product.Fused(norm), "gate_up": product.Fused(norm, gated=True)}
-    for (part, shape), b in itertools.product(chain.shapes.items(), bits):
+    for part, b in itertools.product(chain.own, bits):
+        shape = chain.shapes[part]
         for method in methods(b, 1):
             for plan in every(START, axes(b, method, shape[1])[:2]):
                 plan = fit(plan, Case(b, 1, *shape), gpu)
                 yield product.Variant.of(plan, b, torch.float16, fused.get(part, product.Fused()), shape, 1)
 
 
-def best_chain(
-    chain: Chain, parts: list[str], bits: int, processors: int, *, planes: bool
-) -> list[tuple[str, Launch, float]]:
-    """For each product of ``parts`` its launch and the time of a step, in microseconds."""
+def best_chain(chain: Chain, bits: int, processors: int, *, planes: bool) -> list[tuple[str, Launch, float]]:
+    """For each of the chain's own products its launch and the time of a step, in microseconds."""
     shapes = chain.shapes
     plans = {part: launch.choose(*shapes[part], bits, 1, processors, chain=True, planes=planes) for part in shapes}
 
     def microseconds(part: str, plan: Launch) -> float:
         return statistics.median(chain.times_us(bits, plans | {part: plan}))
 
-    for part in sorted(parts, key=lambda part: -math.prod(shapes[part])):
+    for part in chain.own:
         time = functools.partial(microseconds, part)
         candidates = [plans[part]]
         for method in methods(bits, 1):
@@ -113,4 +111,4 @@ def best_chain(
                     descent.step(axis, time)
                 candidates.append(descent.best)
         plans[part] = min(candidates, key=time)
-    return [(part, plans[part], microseconds(part, plans[part])) for part in parts]
+    return [(part, plans[part], microseconds(part, plans[part])) for part in chain.own]

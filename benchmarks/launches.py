@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode import SHAPES as MODELS
 from launch_chains import chains
 from launch_choices import (
     QUEUES,
@@ -200,7 +201,9 @@ def main() -> None:
     )
     parser.add_argument("--same-divisions", action="store_true", help="try those of the file alone; not with --chain")
     parser.add_argument("--chain", action="store_true")
-    parser.add_argument("--models", nargs="+", default=["vicuna7b", "mobilellama"])
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, help="with --chain, whose steps; default: all"
+    )
     parser.add_argument("--commit", help="what to record, where there is no repository")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -125,7 +125,19 @@ def test_a_search_among_launches_of_which_none_fits_finds_none(launches: ModuleT
 
 def test_a_chain_is_compiled_for_what_its_descents_try(chains: ModuleType) -> None:
     shapes = {"qkv": (12288, 4096), "output": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008)}
-    variants = set(chains.chain_variants(SimpleNamespace(shapes=shapes), [2], GPU))
+    variants = set(chains.chain_variants(SimpleNamespace(shapes=shapes, own=list(shapes)), [2], GPU))
     assert {(v.norm, v.gated) for v in variants} == {(True, False), (True, True), (False, False)}
     assert {v.cluster for v in variants} == {1, 2}
     assert {v.stages for v in variants} <= {stages for stages, _ in chains.QUEUES}
+
+
+@pytest.mark.usefixtures("chains")
+def test_a_shape_is_the_first_models_that_has_it() -> None:
+    chain = importlib.import_module("chain")
+    assert chain.products("qwen2_1_5b") == {
+        **{"gate_up": (17920, 1536), "down": (1536, 8960)},
+        **{"qkv": (2048, 1536), "output": (1536, 1536)},
+    }
+    assert chain.own_products("vicuna7b") == ["gate_up", "down", "qkv", "output"]
+    assert chain.products("llama3_1_8b")["output"] == chain.products("vicuna7b")["output"] == (4096, 4096)
+    assert chain.own_products("llama3_1_8b") == ["gate_up", "down", "qkv"]

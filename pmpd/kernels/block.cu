@@ -457,7 +457,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, (GROUP == 1 ? 4 : GROUP <=
         }
     }
     __syncthreads();
-    if (split) cluster_wait();  // the first block's inbox is open
+    if (clustered && split) cluster_wait();  // the first block's inbox is open
     float* joined = partials + (((long long)row * kv_heads + kv_head) * splits) * GROUP * PARTIAL;
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += THREADS) {
         const int g = i / (HEAD_DIM / 4), channel = i % (HEAD_DIM / 4) * 4;

@@ -131,12 +131,12 @@ def divide(heads: int, processors: int, most: int) -> tuple[int, int]:
     """
     splits = min(max(1, BLOCKS_A_PROCESSOR * processors // heads), MAX_SPLITS)
     cluster = next(size for size in CLUSTERS if size <= min(splits, most))
-    return (cluster, cluster) if 4 * heads * cluster > 3 * processors else (splits, 1)
+    return (cluster, cluster) if cluster > 1 and 4 * heads * cluster > 3 * processors else (splits, 1)
 
 
 def static_bytes(group: int, head_dim: int, cluster: int) -> int:
     """Shared memory that a block of attention declares itself, at most: shares of its warps and of its cluster's other
-    blocks, what joining those of clusters needs, and a barrier."""
+    blocks, what joining without a cluster needs, and a barrier."""
     shares = ATTEND_THREADS // 32 + max(1, cluster - 1)
     return 4 * group * (shares * (head_dim + 4) + 2 * MAX_SPLITS) + 16
 

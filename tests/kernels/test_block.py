@@ -49,11 +49,12 @@ def test_what_has_no_kernels_is_named(sizes: tuple[int, int, int, torch.dtype], 
         (32 * 3, 8, (2, 2)),
         (32 * 5, 8, (1, 1)),
         (13, 8, (8, 8)),
-        (12, 8, (22, 1)),  # 12 * 8 is three quarters of the processors, not more
+        (12, 8, (22, 1)),  # 12 * 8 is less than three quarters of the processors
         (8, 8, (32, 1)),  # Llama-3: one cluster a head would leave half of the processors idle
         (16, 4, (16, 1)),
         (32, 1, (8, 1)),
         (16, 1, (16, 1)),
+        (120, 1, (2, 1)),
     ],
 )
 def test_attention_is_divided_among_the_processors(heads: int, most: int, expected: tuple[int, int]) -> None:
@@ -66,6 +67,7 @@ def test_a_head_has_one_cluster_or_none(heads: int, processors: int, most: int) 
     assert cluster <= most
     assert cluster in (1, splits)
     assert 1 <= splits <= MAX_SPLITS
+    assert splits > 1 or heads > processors
     assert heads * splits <= max(heads, 2 * processors), "more than there is scratch memory for"
 
 
@@ -127,17 +129,20 @@ class TestOnGPU:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
-        ("heads", "kv_heads", "dim"),
-        [(32, 32, 128), (9, 3, 64), (12, 2, 128), (16, 2, 64), (4, 4, 16), (2, 1, 256), (6, 1, 256), (8, 1, 256)],
+        ("heads", "kv_heads", "dim", "rows"),
+        [
+            *((*sizes, rows) for sizes in ((32, 32, 128), (9, 3, 64), (12, 2, 128), (4, 4, 16)) for rows in (1, 3, 5)),
+            *((16, 2, 64, 3), (2, 1, 256, 1), (2, 1, 256, 5), (6, 1, 256, 3), (8, 1, 256, 1)),
+            *((32, 8, 128, 8), (24, 4, 256, 8), (64, 8, 256, 8), (16, 8, 256, 4)),  # clusters on an H100: 4, 4, 2 and 8
+        ],
     )
     @pytest.mark.parametrize("column", [0, 5, 130, 600, 1000])
-    @pytest.mark.parametrize("rows", [1, 3, 5])
     @pytest.mark.parametrize("clusters", [True, False])
     def test_attention_over_the_cache(
-        self, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, column: int, rows: int, clusters: bool
+        self, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rows: int, column: int, clusters: bool
     ) -> None:
         capacity, layer = column + 7, 1
-        starts = [0, column // 2, column, column // 3, 0][:rows]
+        starts = [0, column // 2, column, column // 3, 0, column // 5, column, column // 2][:rows]
         kernels = BlockKernels(heads, kv_heads, dim, dtype, clusters=clusters)
         keys, values = (normal(rows, kv_heads, capacity, dim, dtype=dtype, seed=s) for s in (1, 2))
         keys[:, :, column + 1 :], values[:, :, column:] = torch.nan, torch.nan  # not to be read
