@@ -53,15 +53,24 @@ def words(case: Case, *shape: int) -> torch.Tensor:
 
 
 def pmpd_weights(case: Case) -> list[Any]:
-    from pmpd.kernels.device import DeviceWeight
+    from pmpd.kernels.device import BYTE_BITS, DeviceWeight
 
     tiles, shape = -(-case.out_features // 16), (case.out_features, case.in_features)
     packed = words(case, tiles * case.in_features * case.bits // 2)
     # Random bytes below 128 are digits of every precision.
     tables = torch.randint(0, 128, (buffers(case), tiles, 1, 16, 2 << case.bits), dtype=torch.uint8, device="cuda")
     scales = torch.rand(buffers(case), 16 * tiles, 2, device="cuda")
+    tables_of_bytes = tables[..., :4].contiguous()
     return [
-        DeviceWeight(packed[i], {case.bits: tables[i]}, {case.bits: scales[i]}, *shape, None, torch.float16)
+        DeviceWeight(
+            packed[i],
+            {case.bits: tables[i]},
+            {case.bits: scales[i]},
+            (tables_of_bytes[i], scales[i]) if case.bits == BYTE_BITS else None,
+            *shape,
+            None,
+            torch.float16,
+        )
         for i in range(buffers(case))
     ]
 

@@ -80,12 +80,13 @@ def matmul(
     if x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype}, the weight was prepared for {weight.dtype}")
     _check_features(x, weight.in_features, weight.out_features)
+    operand = Operand.of(weight, bits)
     if out is None:  # written out: torch.compile traces it
         return torch.ops.pmpd.nested_matmul(
             x,
-            weight.packed,
-            weight.tables[bits],
-            weight.scales[bits],
+            operand.packed,
+            operand.table,
+            operand.scales,
             bits,
             weight.out_features,
             weight.in_features,
@@ -95,8 +96,9 @@ def matmul(
             gate,
             residual,
             bias,
+            *(operand.bytes or ()),
         )
-    _multiply(x, Operand.of(weight, bits), Fused(norm_weight, norm_eps, gate, residual, bias), out)
+    _multiply(x, operand, Fused(norm_weight, norm_eps, gate, residual, bias), out)
     return out
 
 
@@ -115,10 +117,13 @@ def _nested_matmul(
     gate: bool = False,
     residual: Tensor | None = None,
     bias: Tensor | None = None,
+    byte_table: Tensor | None = None,
+    byte_scales: Tensor | None = None,
 ) -> Tensor:
     """As :func:`matmul`, on the tensors of a :class:`DeviceWeight`; ``group_size`` 0 for whole rows."""
+    of_bytes = None if byte_table is None or byte_scales is None else (byte_table, byte_scales)
     out = _result(x, out_features, gate)
-    operand = Operand(packed, table, scales, bits, out_features, in_features, group_size)
+    operand = Operand(packed, table, scales, bits, out_features, in_features, group_size, of_bytes)
     _multiply(x, operand, Fused(norm_weight, norm_eps, gate, residual, bias), out)
     return out
 
@@ -126,7 +131,7 @@ def _nested_matmul(
 @_nested_matmul.register_fake
 def _(  # type: ignore[no-untyped-def]
     x, packed, table, scales, bits, out_features, in_features, group_size, norm_weight=None, norm_eps=0.0, gate=False,
-    residual=None, bias=None,
+    residual=None, bias=None, byte_table=None, byte_scales=None,
 ):  # fmt: skip
     return _result(x, out_features, gate)
 

@@ -17,6 +17,10 @@ Tables. Entry i belongs to the code whose planes 0 and 1 are bits 1 and 0 of i, 
 are 16-bit integers (14-bit at 4 and 5 bits) of a row's own scale and offset, ``value = scale * integer + offset``:
 rounding costs at most 2**-17 (2**-15) of the row's range. Up to 5 bits a row has its high digits, then its low digits,
 one byte each, which is what the integer tensor cores multiply; above, 16-bit entries.
+
+Bytes. Of 128 scales one puts the two inner of a row's four values at 2 bits within some hundredths of an integer below
+256, and scale and offset may be fitted to the row's codes after that. So at 2 bits there are tables of one byte an
+entry too, for products of several rows of x, which have half the digits to look up and to multiply with them.
 """
 
 from __future__ import annotations
@@ -39,6 +43,12 @@ REGISTER_BITS = 5
 """Precisions up to this one keep high and low digits apart."""
 EIGHT_ENTRIES_BITS = 3
 """Above it, a table in registers is several of eight entries, and digits have seven bits."""
+BYTE_BITS = 2
+"""The precision that may have tables of bytes."""
+BYTE_ERROR = 1e-3
+"""What they may cost: root mean square of a weight's errors over that of its values. (SmolLM2's: 4e-4 to 5e-4.)"""
+ROWS_AT_ONCE = 4096
+"""Of a table that bytes are sought for."""
 PLANE_BIT = (0, 2, 1, 3)
 """Of a column of each part p, in its nibble of a word of a plane above the first two."""
 
@@ -49,6 +59,8 @@ class DeviceWeight:
     packed: int32, all planes (see the module).
     tables: for each precision b, uint8 ``[tiles, groups, 16, 2 * 2**b]``.
     scales: for each precision, float32 ``[16 * tiles, 2]``: scale and offset of each row's integers.
+    bytes_at_2: tables of bytes, uint8 ``[tiles, 1, 16, 4]``, and their scales; ``None`` without 2 bits, with groups, or
+        if they would cost more than ``BYTE_ERROR``.
     group_size: columns that share a table, a multiple of 32; ``None`` for whole rows.
     dtype: of the products, float16 or bfloat16.
     """
@@ -56,6 +68,7 @@ class DeviceWeight:
     packed: Tensor
     tables: dict[int, Tensor]
     scales: dict[int, Tensor]
+    bytes_at_2: tuple[Tensor, Tensor] | None
     out_features: int
     in_features: int
     group_size: int | None
@@ -64,15 +77,16 @@ class DeviceWeight:
     @property
     def bytes(self) -> int:
         """Everything that it keeps on the device."""
-        parts = [self.packed, *self.tables.values(), *self.scales.values()]
+        parts = [self.packed, *self.tables.values(), *self.scales.values(), *(self.bytes_at_2 or ())]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def to(self, device: torch.device | str) -> DeviceWeight:
         """On ``device``."""
         tables = {bits: table.to(device) for bits, table in self.tables.items()}
         scales = {bits: scale.to(device) for bits, scale in self.scales.items()}
+        two = self.bytes_at_2 and (self.bytes_at_2[0].to(device), self.bytes_at_2[1].to(device))
         shape = (self.out_features, self.in_features, self.group_size, self.dtype)
-        return DeviceWeight(self.packed.to(device), tables, scales, *shape)._written()
+        return DeviceWeight(self.packed.to(device), tables, scales, two, *shape)._written()
 
     def _written(self) -> DeviceWeight:
         """Itself, once it is there: the kernels read weights ahead of the stream's order."""
@@ -110,10 +124,14 @@ def prepare(
         check_format(planes, table, bits, in_features, group_size)
         tables[bits], scales[bits] = _integer_tables(table.to(dtype).float(), bits)
     whole_rows = next(iter(centroids.values())).shape[1] == 1
+    bytes_at_2 = None
+    if BYTE_BITS in centroids and whole_rows:
+        bytes_at_2 = _byte_tables(centroids[BYTE_BITS].to(dtype).squeeze(1), planes)
     return DeviceWeight(
         _pack(planes[: max(centroids)]),
         tables,
         scales,
+        bytes_at_2,
         planes.shape[1],
         in_features,
         None if whole_rows else group_size,
@@ -163,17 +181,68 @@ def _lane_order(words: Tensor) -> Tensor:
 def _integer_tables(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Tables and scales, as in :class:`DeviceWeight`, of values ``[out, groups, 2**bits]``."""
     base = 128 if EIGHT_ENTRIES_BITS < bits <= REGISTER_BITS else 256
-    out_features, groups, entries = table.shape
     offset = table.amin(dim=(1, 2))
     scale = (table.amax(dim=(1, 2)) - offset) / (base * base - 1)
     step = torch.where(scale > 0, scale, 1.0)[:, None, None]
     integers = ((table - offset[:, None, None]) / step).round().to(torch.int32)[..., _codes(bits, table.device)]
     high, low = (integers // base).to(torch.uint8), (integers % base).to(torch.uint8)
     rows = torch.cat([high, low], dim=-1) if bits <= REGISTER_BITS else torch.stack([low, high], dim=-1).flatten(2)
+    return _tiles(rows, torch.stack([scale, offset], dim=1))
+
+
+def _tiles(rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables ``[out, groups, bytes]`` of rows, and scales ``[out, 2]``, by tiles."""
+    out_features, groups, size = rows.shape
     rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, -out_features % TILE))
-    tiles = rows.view(-1, TILE, groups, 2 * entries).transpose(1, 2).contiguous()
-    scales = torch.stack([scale, offset], dim=1)
+    tiles = rows.view(-1, TILE, groups, size).transpose(1, 2).contiguous()
     return tiles, torch.nn.functional.pad(scales, (0, 0, 0, -out_features % TILE))
+
+
+def _byte_tables(table: Tensor, planes: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Tables and scales of bytes for values ``[out, 4]``, as :class:`DeviceWeight` says.
+
+    For each of the largest integers 128 to 255 that a row's values may be spread to (of a smaller one that fits, a
+    multiple does) the integers nearest to the values, and the scale and offset that fit these best in the mean square
+    over the row's weights; the best of them.
+    """
+    counts = _counts(planes)
+    parts = [
+        _nearest_bytes(*rows)
+        for rows in zip(table.double().split(ROWS_AT_ONCE), counts.split(ROWS_AT_ONCE), strict=True)
+    ]
+    integers, scales, errors = (torch.cat(of) for of in zip(*parts, strict=True))
+    if errors.sum() > BYTE_ERROR**2 * (counts * table.double() ** 2).sum():
+        return None
+    rows = integers[:, _codes(BYTE_BITS, table.device)].to(torch.uint8)
+    return _tiles(rows[:, None], scales.float())
+
+
+def _nearest_bytes(table: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers ``[rows, 4]``, scales and offsets ``[rows, 2]``, and the sums of squared errors."""
+    lowest = table.amin(1, keepdim=True)
+    spread = table.amax(1, keepdim=True) - lowest
+    unit = (table - lowest) / torch.where(spread > 0, spread, 1.0)
+    largest = torch.arange(128, 256, device=table.device, dtype=table.dtype)[:, None]
+    integers = (unit[:, None] * largest).round()  # [rows, 128, 4]
+    share = (counts / counts.sum(1, keepdim=True))[:, None]
+    mean = (share * integers).sum(2, keepdim=True)
+    value = (share * table[:, None]).sum(2, keepdim=True)
+    off, wanted = integers - mean, table[:, None] - value
+    variance = (share * off * off).sum(2, keepdim=True)
+    scale = (share * off * wanted).sum(2, keepdim=True) / torch.where(variance > 0, variance, 1.0)
+    errors = (share * (wanted - scale * off) ** 2).sum(2)
+    best = errors.argmin(1)
+    row = torch.arange(len(table), device=table.device)
+    scales = torch.cat([scale, value - scale * mean], dim=2)
+    return integers[row, best], scales[row, best], errors[row, best] * counts.sum(1)
+
+
+def _counts(planes: Tensor) -> Tensor:
+    """Weights of each row with each of the four codes at 2 bits: float64 ``[out, 4]``."""
+    upper, lower = planes[0], planes[1]
+    ones = torch.stack([~upper & ~lower, ~upper & lower, upper & ~lower, upper & lower], dim=-1)
+    shifts = torch.arange(WORD_BITS, device=planes.device, dtype=planes.dtype)
+    return torch.stack([((ones >> shift) & 1).sum(1) for shift in shifts]).sum(0).double()
 
 
 def _codes(bits: int, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 // Multiplying by look-up: eight weights at a time are looked up as bytes, which the integer tensor cores multiply by digits
 // of x. Every precision, any number of rows of x, tables of groups.
 
+static_assert(TABLE_DIGITS == 2 || BITS == 2, "more bits want more than a byte");
 constexpr int NT = (ROWS * DIGITS + 7) / 8;  // mma of 8 columns
 constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
@@ -19,8 +20,9 @@ typedef u32 Table[2][TABLE_BYTES / 4];  // of rows g and g + 8
 __device__ __forceinline__ void load_table(Table& table, const u8* rows, int g) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
+        if (TABLE_BYTES == 4) table[half][0] = *reinterpret_cast<const u32*>(rows + (g + 8 * half) * 4);
         #pragma unroll
-        for (int i = 0; i < TABLE_BYTES / 4; i += 2) {
+        for (int i = 0; i + 2 <= TABLE_BYTES / 4; i += 2) {
             uint2 pair = *reinterpret_cast<const uint2*>(rows + (g + 8 * half) * TABLE_BYTES + 4 * i);
             table[half][i] = pair.x;
             table[half][i + 1] = pair.y;
@@ -72,8 +74,8 @@ __device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, cons
     u32 s = low_planes(x, half, part) & 0x33333333u;
     #pragma unroll
     for (int k = 0; k < 2; k++, s = upper_half(s)) {
-        d.high[0][k] = permute(row[0], row[0], s);
-        d.low[0][k] = permute(row[1], row[1], s);
+        d.high[0][k] = TABLE_DIGITS == 2 ? permute(row[0], row[0], s) : 0;
+        d.low[0][k] = permute(row[TABLE_DIGITS - 1], row[TABLE_DIGITS - 1], s);
     }
 #elif BITS == 3
     u32 s = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u);
@@ -173,7 +175,7 @@ struct ColumnsIn {
 struct Sums {
     Table table;
     const u8* memory;
-    int high[NT][4] = {}, low[NT][4] = {};
+    int high[NT][4] = {}, low[NT][4] = {};  // sums of products with the digits of entries
 
     __device__ __forceinline__ Sums(const u8* tables, int g) : memory(tables) {
         if (REGISTER_TABLE && !GROUPED) load_table(table, memory, g);
@@ -205,7 +207,7 @@ struct Sums {
                         u32 b0 = k ? b[n].z : b[n].x, b1 = k ? b[n].w : b[n].y;
                         #pragma unroll
                         for (int e = 0; e < EIGHTHS; e++) {  // all but one are zero: adding them is cheaper than blending
-                            mma(high[n], r0.high[e][0], r1.high[e][0], r0.high[e][1], r1.high[e][1], b0, b1);
+                            if (TABLE_DIGITS == 2) mma(high[n], r0.high[e][0], r1.high[e][0], r0.high[e][1], r1.high[e][1], b0, b1);
                             mma(low[n], r0.low[e][0], r1.low[e][0], r0.low[e][1], r1.low[e][1], b0, b1);
                         }
                     }

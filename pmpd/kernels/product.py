@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pmpd.kernels import launch, nvrtc
-from pmpd.kernels.device import TILE, UNIT, DeviceWeight
+from pmpd.kernels.device import BYTE_BITS, TILE, UNIT, DeviceWeight
 from pmpd.kernels.errors import CudaUnavailableError
 from pmpd.kernels.launch import MAX_ROWS, Launch
 
@@ -34,7 +34,10 @@ DECODE_WARPS = 4
 
 @dataclass(frozen=True)
 class Operand:
-    """A :class:`DeviceWeight` at one precision; ``group_size`` is 0 for whole rows."""
+    """A :class:`DeviceWeight` at one precision; ``group_size`` is 0 for whole rows.
+
+    ``bytes``: tables of bytes and their scales, for several rows of x by look-up; ``None`` if there are none.
+    """
 
     packed: Tensor
     table: Tensor
@@ -43,12 +46,14 @@ class Operand:
     out_features: int
     in_features: int
     group_size: int
+    bytes: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, weight: DeviceWeight, bits: int) -> Operand:
         """``weight`` at ``bits`` bits, which it has."""
         shape = (weight.out_features, weight.in_features, weight.group_size or 0)
-        return cls(weight.packed, weight.tables[bits], weight.scales[bits], bits, *shape)
+        of_bytes = weight.bytes_at_2 if bits == BYTE_BITS else None
+        return cls(weight.packed, weight.tables[bits], weight.scales[bits], bits, *shape, of_bytes)
 
     @property
     def groups(self) -> int:
@@ -80,14 +85,16 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
     plan = plan or _plan(weight, fused, rows, gpu)
     assert not plan.planes or (weight.groups == 1 and bits <= launch.PLANES_MAX_BITS)
     plan = launch.fit(plan, bits, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
-    module = _module(gpu.capability, Variant.of(plan, bits, x.dtype, fused, shape, weight.groups))
+    variant = Variant.of(plan, bits, x.dtype, fused, shape, weight.groups, of_bytes=weight.bytes is not None)
+    table, scales = weight.bytes if weight.bytes and variant.table_digits == 1 else (weight.table, weight.scales)
+    module = _module(gpu.capability, variant)
     module["nested_matmul"](
         (plan.blocks,),
         (32, plan.splits // plan.cluster, plan.teams),
         x,
         weight.packed,
-        weight.table,
-        weight.scales,
+        table,
+        scales,
         out,
         fused.norm_weight,
         None if fused.residual is None else fused.residual.contiguous(),
@@ -213,12 +220,27 @@ class Variant:
     max_threads: int = 512
     planes: bool = False
     cluster: int = 1
+    table_digits: int = 2
 
     @classmethod
     def of(
-        cls, plan: Launch, bits: int, dtype: torch.dtype, fused: Fused, shape: tuple[int, int], groups: int
+        cls,
+        plan: Launch,
+        bits: int,
+        dtype: torch.dtype,
+        fused: Fused,
+        shape: tuple[int, int],
+        groups: int,
+        *,
+        of_bytes: bool = True,
     ) -> Variant:
-        """For a launch that :func:`launch.fit` returned; ``shape``: outputs and inputs of the weight."""
+        """For a launch that :func:`launch.fit` returned.
+
+        Args:
+            shape: outputs and inputs of the weight.
+            of_bytes: whether the weight has tables of bytes, if it can.
+        """
+        may_have_bytes = bits == BYTE_BITS and groups == 1 and not plan.planes and plan.capacity > 1
         in_features = shape[1]
         chunk, once = plan.chunk(in_features)
         return cls(
@@ -236,6 +258,7 @@ class Variant:
             max_threads=32 * plan.max_warps,
             planes=plan.planes,
             cluster=plan.cluster,
+            table_digits=1 if of_bytes and may_have_bytes else 2,
         )
 
     @property
@@ -261,6 +284,7 @@ class Variant:
             "ONCE": self.once,
             "MAX_THREADS": self.max_threads,
             "CLUSTER": self.cluster,
+            "TABLE_DIGITS": self.table_digits,
             "FIXED_BYTES": launch.fixed_bytes(self.rows, self.max_threads // 32, self.cluster),
         }
         return [f"-D{name}={int(value)}" for name, value in choices.items()]

@@ -77,6 +77,14 @@ class TestLaunches:
             assert not plan.planes or done == min(rows, PLANES_ROWS[bits])
             case.check(out[:done], x[:done], bits)
 
+    def test_two_bits_without_tables_of_bytes(self, plan: Launch, dtype: torch.dtype) -> None:
+        case, plan = Case(50, 1056, dtype=dtype), whole(plan, 1056)
+        operand = Operand.of(case.weight, 2)
+        assert operand.bytes is not None
+        x, out = case.x(2, 1056), torch.empty(2, 50, device="cuda", dtype=dtype)
+        done = product.multiply(x, replace(operand, bytes=None), Fused(), out, plan)
+        case.check(out[:done], x[:done], 2)
+
     @pytest.mark.parametrize("rows", [1, 2, 8])
     @pytest.mark.parametrize("bits", [2, 3, 4])
     @pytest.mark.parametrize("in_features", [1056, 2848])

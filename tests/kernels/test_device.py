@@ -6,10 +6,16 @@ from pmpd.kernels import device, reference
 from tests.kernels.definition import random_centroids, random_planes
 
 
-def read(weight: device.DeviceWeight, bits: int) -> tuple[np.ndarray, set[int]]:
-    """The weights as a lane of the kernel finds them, one at a time, and which words of ``packed`` were looked at."""
+def read(weight: device.DeviceWeight, bits: int, *, in_bytes: bool = False) -> tuple[np.ndarray, set[int]]:
+    """The weights as a lane of the kernel finds them, one at a time, and which words of ``packed`` were looked at.
+
+    ``in_bytes``: by the tables of bytes.
+    """
     packed, in_features = weight.packed.numpy().view(np.uint32), weight.in_features
     tables, scales = weight.tables[bits].numpy(), weight.scales[bits].numpy()
+    if in_bytes:
+        assert weight.bytes_at_2 is not None
+        tables, scales = (tensor.numpy() for tensor in weight.bytes_at_2)
     tiles = -(-weight.out_features // 16)
     values, touched = np.zeros((weight.out_features, in_features)), set()
     for row in range(weight.out_features):
@@ -28,7 +34,12 @@ def read(weight: device.DeviceWeight, bits: int) -> tuple[np.ndarray, set[int]]:
                 bit = (0, 2, 1, 3)[p]
                 index |= ((int(packed[word]) >> (4 * n + bit)) & 1) << plane
             entries = tables[tile, column // (weight.group_size or in_features), row % 16]
-            high, low = (entries[index], entries[(1 << bits) + index]) if bits <= 5 else entries[2 * index :][1::-1]
+            if in_bytes:
+                high, low = 0, entries[index]
+            elif bits <= 5:
+                high, low = entries[index], entries[(1 << bits) + index]
+            else:
+                low, high = entries[2 * index :][:2]
             integer = int(high) * (128 if bits in (4, 5) else 256) + int(low)
             values[row, column] = scales[row, 0] * integer + scales[row, 1]
     return values, touched
@@ -48,6 +59,65 @@ def test_what_the_kernels_read_is_the_weight(
     error = np.abs(values - expected.numpy()).max(axis=1)
     span = tables[bits].double().amax(dim=(1, 2)) - tables[bits].double().amin(dim=(1, 2))
     assert (error <= span.numpy() * 2.0 ** (-14.9 if bits in (4, 5) else -16.9)).all()
+
+
+def test_tables_of_bytes_are_nearly_the_same_weight() -> None:
+    planes = random_planes(0, 3, 37, 288)
+    tables = {b: random_centroids(b, b, 37, 1, torch.float16) for b in (2, 3)}
+    weight = device.prepare(planes, tables, 288, None, torch.float16)
+    expected = reference.dequantize(planes, tables[2].double(), 2, 288).numpy()
+    values, _ = read(weight, 2, in_bytes=True)
+    assert 0 < np.linalg.norm(values - expected) < device.BYTE_ERROR * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2, 3), (-5, -4, 2, 15), (2, 2, 2, 2)])
+def test_values_that_are_multiples_of_a_step_are_exact_in_bytes(values: tuple[int, ...]) -> None:
+    table = 0.25 * torch.tensor([values], dtype=torch.float64) + 3
+    integers, scales, error = device._nearest_bytes(table, torch.tensor([[5.0, 1.0, 7.0, 2.0]], dtype=torch.float64))
+    assert torch.equal(integers, integers.round().clamp(0, 255))
+    assert torch.allclose(scales[:, :1] * integers + scales[:, 1:], table, rtol=0, atol=1e-12)
+    assert float(error) < 1e-20
+
+
+def test_bytes_are_fitted_to_the_codes_that_a_row_has() -> None:
+    """Against every pair of inner integers, for each scale: no other has a smaller error."""
+    table = torch.tensor([[-1.7, -0.31, 0.42, 1.1]], dtype=torch.float64)
+    counts = torch.tensor([[3.0, 40.0, 50.0, 7.0]], dtype=torch.float64)
+    integers, scales, error = device._nearest_bytes(table, counts)
+    found = scales[:, :1] * integers + scales[:, 1:]
+    assert float(error) == pytest.approx(float((counts * (found - table) ** 2).sum()))
+    weights = counts[0].sqrt().numpy()
+    least = np.inf
+    for largest in range(128, 256):
+        near = ((table[0] - table[0, 0]) / (table[0, 3] - table[0, 0]) * largest).round()
+        columns = np.stack([near.numpy(), np.ones(4)], axis=1) * weights[:, None]
+        least = min(least, float(np.linalg.lstsq(columns, table[0].numpy() * weights)[1][0]))
+    assert float(error) == pytest.approx(least)
+
+
+def test_a_weight_that_bytes_would_harm_has_none() -> None:
+    """One weight of a row is a hundred times the others, and between its value and theirs there are 255 steps."""
+    planes = torch.full((2, 16, 64), 0x0F0F0F0F)
+    planes[1] = ~planes[0]  # codes 1 and 2
+    planes[:, :, 0] |= 1
+    planes, harmed = planes.int(), torch.tensor([0.0, 1.0, 1.3, 100.0]).expand(16, 1, 4)
+    assert device.prepare(planes, {2: harmed}, 2048, None, torch.float16).bytes_at_2 is None
+    assert device.prepare(planes, {2: harmed.clamp(max=2)}, 2048, None, torch.float16).bytes_at_2 is not None
+
+
+def test_groups_and_other_precisions_have_no_tables_of_bytes() -> None:
+    planes = random_planes(0, 3, 16, 64)
+    in_groups = {2: random_centroids(0, 2, 16, 2, torch.float16)}
+    assert device.prepare(planes, in_groups, 64, 32, torch.float16).bytes_at_2 is None
+    three = {3: random_centroids(0, 3, 16, 1, torch.float16)}
+    assert device.prepare(planes, three, 64, None, torch.float16).bytes_at_2 is None
+
+
+def test_codes_of_two_bits_are_counted() -> None:
+    planes = random_planes(0, 5, 7, 96)
+    codes = reference.dequantize(planes, torch.arange(4.0).expand(7, 1, 4), 2, 96)
+    expected = torch.stack([(codes == code).sum(1) for code in range(4)], dim=1)
+    assert torch.equal(device._counts(planes), expected.double())
 
 
 def test_the_words_of_pairs_make_planes_in_the_order_of_the_others() -> None:
@@ -80,7 +150,7 @@ def test_memory_is_the_planes_of_the_highest_precision_and_small_tables() -> Non
     tables = {b: random_centroids(b, b, 64, 1, torch.float16) for b in (2, 3, 4)}
     weight = device.prepare(planes, tables, 4096, None, torch.float16)
     assert weight.packed.numel() * 4 == 64 * 4096 * 4 // 8
-    assert weight.bytes <= 64 * (4096 * 4 // 8 + 2 * (4 + 8 + 16) + 3 * 8)
+    assert weight.bytes <= 64 * (4096 * 4 // 8 + 2 * (4 + 8 + 16) + 3 * 8 + 4 + 8)
 
 
 def test_concatenated_rows_are_prepared_as_one_weight() -> None:

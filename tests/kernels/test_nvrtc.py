@@ -90,6 +90,8 @@ def real_compiler() -> None:
         ("sm_90", Variant(2, 2, torch.bfloat16, norm=True, gated=True, ragged=True, planes=True, cluster=2)),
         ("sm_89", Variant(4, 1, torch.float16, stages=2, chunk=2, once=False, max_threads=256, planes=True)),
         ("sm_80", Variant(3, 2, torch.bfloat16, stages=2, chunk=4, max_threads=384)),
+        ("sm_80", Variant(2, 4, torch.float16, stages=2, chunk=4, max_threads=384, table_digits=1)),
+        ("sm_90", Variant(2, 8, torch.bfloat16, norm=True, gated=True, ragged=True, cluster=2, table_digits=1)),
     ],
 )
 def test_the_products_kernels_compile_without_a_device(architecture: str, variant: Variant) -> None:
