@@ -47,7 +47,7 @@ class Method:
 
 def methods(bits: int, rows: int) -> list[Method]:
     found = [Method(False, cluster) for cluster in (1, 2)[: 1 if rows == 1 else 2]]
-    if rows <= launch.PLANES_ROWS.get(bits, 0):
+    if rows == 1 and bits <= launch.PLANES_MAX_BITS:
         found += [Method(True, 1), Method(True, 2)]
     return found
 

@@ -13,7 +13,7 @@ of one. At 4 and 5 bits a row has two and four tables of eight entries; ``prmt``
 sign mode, on digits of seven bits), and the tensor cores add all. From 6 bits on entries are looked up in shared
 memory.
 
-By bit planes, up to 4 bits and for one or two rows of x: a table of b bits is a polynomial of the code's bits, so a row
+By bit planes, up to 4 bits and for one row of x: a table of b bits is a polynomial of the code's bits, so a row
 times x is a sum over sets of planes of a coefficient times a count of the bits that the AND of these planes shares with
 a plane of x. Nothing is looked up.
 

@@ -28,11 +28,9 @@ PLANES_CHUNK = 6
 LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
 """The same by look-up, and how many steps of x a warp may have in registers then, where tables wait in them too."""
 MAX_WARPS = max(PLANES_WARPS)
-PLANES_ROWS = {2: 2, 3: 1, 4: 1}
-"""Rows of x that one launch multiplies by bit planes, which takes 2**bits - 1 products of planes for each; look-up was
-faster for more, of every shape that was measured."""
-PLANES_MAX_BITS = max(PLANES_ROWS)
-"""Above, bit planes would take more than look-up takes."""
+PLANES_MAX_BITS = 4
+"""Above, bit planes, which take 2**bits - 1 products of planes for a row of x, would take more than look-up takes. So
+they would for several rows."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory, beside what a block may have."""
 
@@ -245,12 +243,12 @@ def fit(
     """``launch`` made smaller until its shared memory is at most ``shared``.
 
     Columns of many rows of x, many tiles of a block and fat tables do not always fit; then there are fewer of them at a
-    time. Bit planes take no more rows than ``PLANES_ROWS``. ``blocks`` is the number of processors.
+    time. Bit planes take one row. ``blocks`` is the number of processors.
 
     Raises:
         ValueError: ``in_features`` is too large for this GPU.
     """
-    most_rows = PLANES_ROWS[bits] if launch.planes else MAX_ROWS
+    most_rows = 1 if launch.planes else MAX_ROWS
     blocks = max(1, blocks // launch.cluster) * launch.cluster
     launch = replace(launch, blocks=blocks, rows=min(rows, launch.rows, most_rows))
     while launch.shared_bytes(bits, out_features, in_features, groups) > shared:

@@ -1,5 +1,5 @@
 // Multiplying by bit planes: the binary tensor cores count, for each plane of the weight and each plane of x, the columns
-// that have both bits. For a few low bits and one or two rows of x, with a table a row.
+// that have both bits. For a few low bits and one row of x, with a table a row.
 //
 // A table of b bits is a polynomial of the code's bits that is linear in each: T[code] = sum over sets S of bits of
 // c[S] * (the product of S's bits), where c is the Moebius transform of T, c[S] = sum over R in S of (-1)^|S - R| T[R].
@@ -7,14 +7,13 @@
 // planes and no look-up. x's integers have two digits of eight bits, each the balanced sum of its planes:
 // B_S . x = sum over planes j of weight[j] * popcount(B_S & x_j). The 8 columns of an mma are the planes of a digit.
 
-static_assert(ROWS <= 2, "a lane has the sums of two rows");
+static_assert(ROWS == 1, "look-up is faster for more");
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
-// Rows of x that instructions are laid out for: two where launches.csv has no float16 program that spills for it.
-constexpr int ROWS_AHEAD = ROWS == 2 && (MAX_THREADS <= 256 || (MAX_THREADS == 384 && !NORM)) ? 2 : 1;
+constexpr int ROWS_AHEAD = 1;                         // rows of x that instructions are laid out for
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
 constexpr int MOST_FOR_TWO = MAX_THREADS == 192 ? 15 : MAX_THREADS == 256 ? 12 : 7;
-constexpr int MIN_BLOCKS = (SETS - 1) * ROWS <= MOST_FOR_TWO ? 2 : 1;
+constexpr int MIN_BLOCKS = SETS - 1 <= MOST_FOR_TWO ? 2 : 1;
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -78,22 +77,21 @@ struct Exchange {
     }
 };
 
-// Where the planes of this lane's eight columns of each of its warp's steps of x go. A step of a row is what the 32 lanes
+// Where the planes of this lane's eight columns of each of its warp's steps of x go. A step is what the 32 lanes
 // read: of plane g of both digits, words t and 4 + t of the step's eight. A word's bits are in the order of the weight's:
 // column 8 * p + n at bit 4 * n + (0, 2, 1, 3)[p].
 struct ColumnsOut {
     u32 mine;  // in shared memory
-    int pitch;
     Exchange<1, 2, 0xccccccccu> neighbours;
     Exchange<2, 1, 0xaaaaaaaau> next_but_one;
 
-    __device__ __forceinline__ ColumnsOut(u8* memory, int pitch, int own, int lane) : pitch(pitch), neighbours(lane), next_but_one(lane) {
+    __device__ __forceinline__ ColumnsOut(u8* memory, int, int own, int lane) : neighbours(lane), next_but_one(lane) {
         const int word = lane >> 2, plane = 2 * (lane & 1) + (lane >> 1 & 1);  // and plane + 4
         mine = shared_address(memory + own * STEP * DIGITS + (plane * 4 + word % 4) * 16 + word / 4 * 4);
     }
-    // Integers (see ROUNDER) of row m, `ahead` of the block's columns after the warp's first, if these are there. Adds their
+    // Integers (see ROUNDER) of the row, `ahead` of the block's columns after the warp's first, if these are there. Adds their
     // digits up. All lanes call it.
-    __device__ __forceinline__ void put(int m, int ahead, bool there, const u32 (&n)[8], int (&sums)[DIGITS]) const {
+    __device__ __forceinline__ void put(int, int ahead, bool there, const u32 (&n)[8], int (&sums)[DIGITS]) const {
         u32 word[2][DIGITS];  // [column % 2]; byte k has column 2 * k + .., bit j plane j
         #pragma unroll
         for (int q = 0; q < 2; q++) four_digits(word[q], n[q], n[q + 2], n[q + 4], n[q + 6], sums);
@@ -102,7 +100,7 @@ struct ColumnsOut {
         for (int q = 0; q < 2; q++) neighbours(word[q][0], word[q][1]);
         #pragma unroll
         for (int q = 0; q < 2; q++) next_but_one(word[q][0], word[q][1]);
-        const u32 to = mine + (m * pitch + ahead) * DIGITS;
+        const u32 to = mine + ahead * DIGITS;
         #pragma unroll
         for (int d = 0; d < DIGITS; d++) {  // planes 4 apart against columns 1 apart
             store4(to + 8 * d, pick(word[1][d] << 4, word[0][d], 0xf0f0f0f0u), there);
@@ -113,13 +111,12 @@ struct ColumnsOut {
 
 struct ColumnsIn {
     const u8* mine;
-    int pitch;
-    __device__ __forceinline__ ColumnsIn(const u8* memory, int pitch, int lane) : mine(memory + lane * 16), pitch(pitch) {}
+    __device__ __forceinline__ ColumnsIn(const u8* memory, int, int lane) : mine(memory + lane * 16) {}
 };
 
 // A warp's part of a tile's products.
 struct Sums {
-    int count[SETS][ROWS][DIGITS][4] = {};
+    int count[SETS][DIGITS][4] = {};
 
     __device__ __forceinline__ Sums(const u8*, int) {}
 
@@ -139,31 +136,27 @@ struct Sums {
             for (int j = 0; j < PLANES; j++) plane[2 + j][2 * u] = now.plane[j].x, plane[2 + j][2 * u + 1] = now.plane[j].y;
         }
         slot_is_read();
+        const uint4 b = *reinterpret_cast<const uint4*>(x.mine + kept * STEP * DIGITS);
         #pragma unroll
-        for (int m = 0; m < ROWS; m++) {
-            const u8* from = x.mine + m * DIGITS * x.pitch + kept * STEP * DIGITS;
-            const uint4 b = *reinterpret_cast<const uint4*>(from);
+        for (int set = 1; set < SETS; set++) {
+            u32 product[4];
             #pragma unroll
-            for (int set = 1; set < SETS; set++) {
-                u32 product[4];
+            for (int i = 0; i < 4; i++) {
+                product[i] = ~0u;
                 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    product[i] = ~0u;
-                    #pragma unroll
-                    for (int bit = 0; bit < BITS; bit++)
-                        if (set >> bit & 1) product[i] &= plane[bit][i];
-                }
-                binary_mma(count[set][m][0], product, b.x, b.y);
-                binary_mma(count[set][m][1], product, b.z, b.w);
+                for (int bit = 0; bit < BITS; bit++)
+                    if (set >> bit & 1) product[i] &= plane[bit][i];
             }
+            binary_mma(count[set][0], product, b.x, b.y);
+            binary_mma(count[set][1], product, b.z, b.w);
         }
     }
 
-    // put(m, row of the tile, product with x's integers), from the lanes that have one.
+    // put(0, row of the tile, product with x's integers), from the lanes that have one.
     template <typename F>
     __device__ __forceinline__ void finish(const u8* tables, int lane, F&& put) const {
         const int g = lane >> 2, t = lane & 3, second = t == 3 ? -2 : 2;  // planes 2t and 2t + 1; plane 7 is the sign
-        float sum[2 * ROWS];  // [m][half]
+        float sum[2] = {};  // [half]
         #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float4* from = reinterpret_cast<const float4*>(tables + (g + 8 * half) * SHARED_TABLE_BYTES);
@@ -171,30 +164,20 @@ struct Sums {
             #pragma unroll
             for (int i = 0; i < SETS / 4; i++) c[i] = from[i];
             #pragma unroll
-            for (int m = 0; m < ROWS; m++) {
-                float all = 0;
-                #pragma unroll
-                for (int set = 1; set < SETS; set++) {
-                    const int(&n)[DIGITS][4] = count[set][m];
-                    const int low = n[0][2 * half] + second * n[0][2 * half + 1];
-                    const int high = n[1][2 * half] + second * n[1][2 * half + 1];
-                    const float4& of = c[set / 4];
-                    const float factor = set % 4 == 0 ? of.x : set % 4 == 1 ? of.y : set % 4 == 2 ? of.z : of.w;
-                    all += factor * float(low + 256 * high);
-                }
-                sum[2 * m + half] = all * float(1 << (2 * t));
+            for (int set = 1; set < SETS; set++) {
+                const int(&n)[DIGITS][4] = count[set];
+                const int low = n[0][2 * half] + second * n[0][2 * half + 1];
+                const int high = n[1][2 * half] + second * n[1][2 * half + 1];
+                const float4& of = c[set / 4];
+                const float factor = set % 4 == 0 ? of.x : set % 4 == 1 ? of.y : set % 4 == 2 ? of.z : of.w;
+                sum[half] += factor * float(low + 256 * high);
             }
+            sum[half] *= float(1 << (2 * t));
         }
-        // The quad's lanes have parts of the same sums. Neighbours divide these up, then next but ones: each gives away half.
-        #pragma unroll
-        for (int m = 0; m < ROWS; m++) sum[m] = exchanged(sum[2 * m], sum[2 * m + 1], t & 1, 1);
-        if (ROWS == 1) sum[0] += __shfl_xor_sync(~0u, sum[0], 2);
-        else sum[0] = exchanged(sum[0], sum[1], t & 2, 2);
-        if (ROWS == 1 && t & 2) return;
-        put(t >> 1, g + 8 * (t & 1), sum[0]);
-    }
-    // Of a and b, b if `second`, the sum over this lane and the one `other` away, which has the rest of it.
-    __device__ __forceinline__ static float exchanged(float a, float b, bool second, int other) {
-        return (second ? b : a) + __shfl_xor_sync(~0u, second ? a : b, other);
+        // The quad's lanes have parts of the same two sums. Neighbours divide them up, each gives one away.
+        const bool odd = t & 1;
+        float mine = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(~0u, odd ? sum[0] : sum[1], 1);
+        mine += __shfl_xor_sync(~0u, mine, 2);
+        if (t < 2) put(0, g + 8 * t, mine);
     }
 };

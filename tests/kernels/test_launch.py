@@ -44,7 +44,7 @@ def test_every_product_fits_every_gpu(
                 own_splits = plan.splits // plan.cluster
                 assert plan.teams <= own_splits or own_splits % 4, "or teams cannot begin with different splits"
                 assert plan.cluster == 1 or can.get("clusters", True)
-                assert not plan.planes or (can.get("planes", True) and rows <= launch.PLANES_ROWS[bits])
+                assert not plan.planes or (can.get("planes", True) and rows == 1)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_every_product_fits_every_gpu(
         (Launch(10, 1, 2, 2, cluster=2, blocks=132, rows=8), 25),  # five steps of each of five splits
         (Launch(22, 1, 2, 2, cluster=2, blocks=132, rows=1), 22),
         (Launch(22, 1, 2, 2, cluster=1, blocks=132, rows=2), 43),
-        (Launch(22, 1, 2, 2, cluster=2, blocks=132, rows=2, planes=True), 22),
+        (Launch(22, 1, 2, 2, cluster=2, blocks=132, rows=1, planes=True), 22),
     ],
 )
 def test_a_block_of_a_cluster_has_memory_for_its_own_columns_alone(plan: Launch, kept: int) -> None:
@@ -69,10 +69,10 @@ def test_a_block_of_a_cluster_has_memory_for_its_own_columns_alone(plan: Launch,
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_bit_planes_take_no_more_rows_than_their_kernel_counts_for(bits: int) -> None:
+def test_bit_planes_take_one_row(bits: int) -> None:
     for rows in range(1, 9):
         fitted = launch.fit(Launch(4, 2, planes=True), bits, 4096, 4096, 1, rows, *GPUS[0])
-        assert fitted.rows == min(rows, {2: 2, 3: 1, 4: 1}[bits])
+        assert fitted.rows == 1
         assert launch.fit(Launch(4, 2), bits, 4096, 4096, 1, rows, *GPUS[0]).rows == rows
 
 
@@ -87,7 +87,7 @@ def test_bit_planes_take_no_more_rows_than_their_kernel_counts_for(bits: int) ->
         (Launch(4, 2, rows=1), 16, (2, False)),
         (Launch(4, 2, rows=1, planes=True), 8, (6, False)),
         (Launch(3, 2, rows=2), 8, (6, False)),
-        (Launch(3, 2, rows=2, planes=True), 6, (6, False)),
+        (Launch(3, 2, rows=1, planes=True), 6, (6, False)),
         (Launch(3, 3, rows=1, planes=True), 12, (6, False)),
         (Launch(13, 1, rows=1, planes=True), 16, (4, True)),
         (Launch(17, 1, rows=2), 16, (2, False)),
@@ -105,7 +105,7 @@ def test_few_warps_have_more_registers(plan: Launch, max_warps: int, chunk: tupl
         (Launch(11, 2, rows=1), 2, 4),
         (Launch(22, 1, rows=1, cluster=2), 2, 4 * 2),  # four tiles of two blocks
         (Launch(11, 1, rows=8), 3, 2 * 4),
-        (Launch(11, 1, rows=2, planes=True), 2, 2 * 4),
+        (Launch(11, 1, rows=1, planes=True), 2, 2 * 4),
     ],
 )
 def test_a_warp_that_has_all_its_steps_under_way_is_compiled_so(plan: Launch, bits: int, steps: int) -> None:

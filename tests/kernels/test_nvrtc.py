@@ -87,7 +87,7 @@ def real_compiler() -> None:
         ("sm_90", Variant(7, 4, torch.float16, norm=True, gated=True, grouped=True, ragged=True, cluster=2)),
         ("sm_90", Variant(3, 8, torch.float16, stages=3, chunk=6, once=False, max_threads=256, cluster=2)),
         ("sm_80", Variant(2, 1, torch.float16, stages=8, whole=True, chunk=6, max_threads=192, planes=True)),
-        ("sm_90", Variant(2, 2, torch.bfloat16, norm=True, gated=True, ragged=True, planes=True, cluster=2)),
+        ("sm_90", Variant(2, 1, torch.bfloat16, norm=True, gated=True, ragged=True, planes=True, cluster=2)),
         ("sm_89", Variant(4, 1, torch.float16, stages=2, chunk=2, once=False, max_threads=256, planes=True)),
         ("sm_80", Variant(3, 2, torch.bfloat16, stages=2, chunk=4, max_threads=384)),
         ("sm_80", Variant(2, 4, torch.float16, stages=2, chunk=4, max_threads=384, table_digits=1)),
