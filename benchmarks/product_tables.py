@@ -104,7 +104,8 @@ def targets(times: Times) -> str:
     worst = ", ".join(f"{max(r):.2f}x" for r in rows.values())
     above = [sum(ratio > SEVERAL[m] for ratio in ratios) for m, ratios in rows.items()]
     mean_only = "**in the mean only**: " if any(above) else ""
-    too_slow = f"{above[0]}, {above[1]} and {above[2]} of {len(rows[2])} products are over"
+    counts = f"{above[0]}, {above[1]} and {above[2]}" if any(above) else "none"
+    too_slow = f"{counts} of {len(rows[2])} products are over"
     reached = f"{mean_only}{means}; {too_slow}, at worst {worst}"
     return "\n".join(
         [
