@@ -11,7 +11,7 @@ two signed base-256 digits. ``prmt`` (byte permute) looks up four weights' bytes
 its result is an operand as it stands. The eight columns of an ``mma`` hold the digits of four rows of x for the price
 of one. At 4 and 5 bits a row has two and four tables of eight entries; ``prmt`` yields zero for the wrong ones (its
 sign mode, on digits of seven bits), and the tensor cores add all. From 6 bits on entries are looked up in shared
-memory.
+memory. Several rows of x have entries of one byte at 2 bits, and half of the look-ups and products.
 
 By bit planes, up to 4 bits and for one row of x: a table of b bits is a polynomial of the code's bits, so a row
 times x is a sum over sets of planes of a coefficient times a count of the bits that the AND of these planes shares with
@@ -96,7 +96,7 @@ def matmul(
             gate,
             residual,
             bias,
-            *(operand.bytes or ()),
+            *(operand.bytes_at_2 or ()),
         )
     _multiply(x, operand, Fused(norm_weight, norm_eps, gate, residual, bias), out)
     return out
@@ -120,10 +120,15 @@ def _nested_matmul(
     byte_table: Tensor | None = None,
     byte_scales: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`matmul`, on the tensors of a :class:`DeviceWeight`; ``group_size`` 0 for whole rows."""
-    of_bytes = None if byte_table is None or byte_scales is None else (byte_table, byte_scales)
+    """As :func:`matmul`, on the tensors of a :class:`DeviceWeight`; ``group_size`` 0 for whole rows.
+
+    ``byte_table`` and ``byte_scales``: its ``bytes_at_2``, if it has them.
+    """
+    if (byte_table is None) != (byte_scales is None):
+        raise ValueError("byte_table and byte_scales belong together: give both or neither")
+    bytes_at_2 = (byte_table, byte_scales) if byte_table is not None and byte_scales is not None else None
     out = _result(x, out_features, gate)
-    operand = Operand(packed, table, scales, bits, out_features, in_features, group_size, of_bytes)
+    operand = Operand(packed, table, scales, bits, out_features, in_features, group_size, bytes_at_2)
     _multiply(x, operand, Fused(norm_weight, norm_eps, gate, residual, bias), out)
     return out
 
@@ -188,7 +193,13 @@ def _check(x: Tensor, weight: Operand, fused: Fused, out: Tensor) -> None:
         raise ValueError(f"x is on {x.device}, the weight on {weight.packed.device}: move one of them")
     tiles = weight.table.shape[0]
     num_planes, rest = divmod(weight.packed.numel() * WORD_BITS, in_features * tiles * TILE)
-    if rest or num_planes < weight.bits or weight.scales.shape[0] != tiles * TILE:
+    byte_shapes = [tuple(tensor.shape) for tensor in weight.bytes_at_2 or ()]
+    if (
+        rest
+        or num_planes < weight.bits
+        or weight.scales.shape[0] != tiles * TILE
+        or byte_shapes not in ([], [(tiles, 1, TILE, 4), (tiles * TILE, 2)])
+    ):
         raise ValueError(f"planes, tables and scales are not those of a weight [{out_features}, {in_features}]")
     if fused.gated and out_features % (2 * TURN):
         raise ValueError(f"gate=True takes a weight of {2 * TURN} rows or a multiple, not {out_features}")

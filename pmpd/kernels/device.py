@@ -25,12 +25,15 @@ entry too, for products of several rows of x, which have half the digits to look
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pmpd.kernels.reference import WORD_BITS, check_format
+
+log = logging.getLogger(__name__)
 
 TILE = 16
 """Rows of a tile."""
@@ -46,9 +49,9 @@ EIGHT_ENTRIES_BITS = 3
 BYTE_BITS = 2
 """The precision that may have tables of bytes."""
 BYTE_ERROR = 1e-3
-"""What they may cost: root mean square of a weight's errors over that of its values. (SmolLM2's: 4e-4 to 5e-4.)"""
+"""What they may cost: the norm of a row's errors over that of its values; of a weight's rows, the root mean square."""
 ROWS_AT_ONCE = 4096
-"""Of a table that bytes are sought for."""
+"""Rows that bytes are sought for at the same time: 128 candidates each take memory."""
 PLANE_BIT = (0, 2, 1, 3)
 """Of a column of each part p, in its nibble of a word of a plane above the first two."""
 
@@ -60,7 +63,7 @@ class DeviceWeight:
     tables: for each precision b, uint8 ``[tiles, groups, 16, 2 * 2**b]``.
     scales: for each precision, float32 ``[16 * tiles, 2]``: scale and offset of each row's integers.
     bytes_at_2: tables of bytes, uint8 ``[tiles, 1, 16, 4]``, and their scales; ``None`` without 2 bits, with groups, or
-        if they would cost more than ``BYTE_ERROR``.
+        if they would cost more than ``BYTE_ERROR``, which is logged.
     group_size: columns that share a table, a multiple of 32; ``None`` for whole rows.
     dtype: of the products, float16 or bfloat16.
     """
@@ -205,26 +208,28 @@ def _byte_tables(table: Tensor, planes: Tensor) -> tuple[Tensor, Tensor] | None:
     multiple does) the integers nearest to the values, and the scale and offset that fit these best in the mean square
     over the row's weights; the best of them.
     """
-    counts = _counts(planes)
-    parts = [
-        _nearest_bytes(*rows)
-        for rows in zip(table.double().split(ROWS_AT_ONCE), counts.split(ROWS_AT_ONCE), strict=True)
-    ]
+    table, shares = table.double(), _shares(planes)
+    parts = [_nearest_bytes(*rows) for rows in zip(table.split(ROWS_AT_ONCE), shares.split(ROWS_AT_ONCE), strict=True)]
     integers, scales, errors = (torch.cat(of) for of in zip(*parts, strict=True))
-    if errors.sum() > BYTE_ERROR**2 * (counts * table.double() ** 2).sum():
+    squares = (shares * table**2).sum(1)
+    cost = float((errors / torch.where(squares > 0, squares, 1.0)).mean().sqrt())
+    if not cost <= BYTE_ERROR:  # nor if it is not a number
+        log.info(
+            "a weight of %d rows has no tables of bytes: they would cost %.1e, above %.0e", len(table), cost, BYTE_ERROR
+        )
         return None
     rows = integers[:, _codes(BYTE_BITS, table.device)].to(torch.uint8)
     return _tiles(rows[:, None], scales.float())
 
 
-def _nearest_bytes(table: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers ``[rows, 4]``, scales and offsets ``[rows, 2]``, and the sums of squared errors."""
+def _nearest_bytes(table: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers ``[rows, 4]``, scales and offsets ``[rows, 2]``, and the mean squared errors ``[rows]``."""
     lowest = table.amin(1, keepdim=True)
     spread = table.amax(1, keepdim=True) - lowest
     unit = (table - lowest) / torch.where(spread > 0, spread, 1.0)
     largest = torch.arange(128, 256, device=table.device, dtype=table.dtype)[:, None]
     integers = (unit[:, None] * largest).round()  # [rows, 128, 4]
-    share = (counts / counts.sum(1, keepdim=True))[:, None]
+    share = shares[:, None]
     mean = (share * integers).sum(2, keepdim=True)
     value = (share * table[:, None]).sum(2, keepdim=True)
     off, wanted = integers - mean, table[:, None] - value
@@ -234,15 +239,23 @@ def _nearest_bytes(table: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tenso
     best = errors.argmin(1)
     row = torch.arange(len(table), device=table.device)
     scales = torch.cat([scale, value - scale * mean], dim=2)
-    return integers[row, best], scales[row, best], errors[row, best] * counts.sum(1)
+    return integers[row, best], scales[row, best], errors[row, best]
 
 
-def _counts(planes: Tensor) -> Tensor:
-    """Weights of each row with each of the four codes at 2 bits: float64 ``[out, 4]``."""
-    upper, lower = planes[0], planes[1]
-    ones = torch.stack([~upper & ~lower, ~upper & lower, upper & ~lower, upper & lower], dim=-1)
-    shifts = torch.arange(WORD_BITS, device=planes.device, dtype=planes.dtype)
-    return torch.stack([((ones >> shift) & 1).sum(1) for shift in shifts]).sum(0).double()
+def _shares(planes: Tensor) -> Tensor:
+    """Of each row's weights, those with each of the four codes at 2 bits: float64 ``[out, 4]``."""
+    upper, lower, both = (_ones(words).sum(1).double() for words in (planes[0], planes[1], planes[0] & planes[1]))
+    weights = WORD_BITS * planes.shape[2]
+    return torch.stack([weights - upper - lower + both, lower - both, upper - both, both], dim=1) / weights
+
+
+def _ones(words: Tensor) -> Tensor:
+    """Bits that are set in each of int32 ``words``."""
+    words = words - ((words >> 1) & 0x55555555)  # of two bits, then of four, of bytes, of all
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    words = words + (words >> 8)
+    return (words + (words >> 16)) & 0x3F
 
 
 def _codes(bits: int, device: torch.device) -> Tensor:

@@ -29,8 +29,8 @@ LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
 """The same by look-up, and how many steps of x a warp may have in registers then, where tables wait in them too."""
 MAX_WARPS = max(PLANES_WARPS)
 PLANES_MAX_BITS = 4
-"""Above, bit planes, which take 2**bits - 1 products of planes for a row of x, would take more than look-up takes. So
-they would for several rows."""
+"""Above, bit planes, which take 2**bits - 1 products of planes, would take more than look-up takes. They take one
+row of x: for several, look-up is faster or nearly as fast (``docs/kernels.md``)."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory, beside what a block may have."""
 

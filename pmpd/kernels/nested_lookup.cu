@@ -1,5 +1,6 @@
 // Multiplying by look-up: eight weights at a time are looked up as bytes, which the integer tensor cores multiply by digits
-// of x. Every precision, any number of rows of x, tables of groups.
+// of x: the high and low bytes of table entries, or, for several rows of x at 2 bits, entries that are one byte (the low one).
+// Every precision, any number of rows of x, tables of groups.
 
 static_assert(TABLE_DIGITS == 2 || BITS == 2, "more bits want more than a byte");
 constexpr int NT = (ROWS * DIGITS + 7) / 8;  // mma of 8 columns
@@ -207,7 +208,8 @@ struct Sums {
                         u32 b0 = k ? b[n].z : b[n].x, b1 = k ? b[n].w : b[n].y;
                         #pragma unroll
                         for (int e = 0; e < EIGHTHS; e++) {  // all but one are zero: adding them is cheaper than blending
-                            if (TABLE_DIGITS == 2) mma(high[n], r0.high[e][0], r1.high[e][0], r0.high[e][1], r1.high[e][1], b0, b1);
+                            if (TABLE_DIGITS == 2)
+                                mma(high[n], r0.high[e][0], r1.high[e][0], r0.high[e][1], r1.high[e][1], b0, b1);
                             mma(low[n], r0.low[e][0], r1.low[e][0], r0.low[e][1], r1.low[e][1], b0, b1);
                         }
                     }

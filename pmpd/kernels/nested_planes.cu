@@ -7,13 +7,12 @@
 // planes and no look-up. x's integers have two digits of eight bits, each the balanced sum of its planes:
 // B_S . x = sum over planes j of weight[j] * popcount(B_S & x_j). The 8 columns of an mma are the planes of a digit.
 
-static_assert(ROWS == 1, "look-up is faster for more");
+static_assert(ROWS == 1, "more rows are looked up");
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
 constexpr int ROWS_AHEAD = 1;                         // rows of x that instructions are laid out for
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
-constexpr int MOST_FOR_TWO = MAX_THREADS == 192 ? 15 : MAX_THREADS == 256 ? 12 : 7;
-constexpr int MIN_BLOCKS = SETS - 1 <= MOST_FOR_TWO ? 2 : 1;
+constexpr int MIN_BLOCKS = BITS <= (MAX_THREADS == 192 ? 4 : 3) ? 2 : 1;
 
 __device__ __forceinline__ void binary_mma(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

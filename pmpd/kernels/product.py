@@ -36,7 +36,7 @@ DECODE_WARPS = 4
 class Operand:
     """A :class:`DeviceWeight` at one precision; ``group_size`` is 0 for whole rows.
 
-    ``bytes``: tables of bytes and their scales, for several rows of x by look-up; ``None`` if there are none.
+    ``bytes_at_2``: as the weight has them, at 2 bits alone; for several rows of x by look-up.
     """
 
     packed: Tensor
@@ -46,14 +46,14 @@ class Operand:
     out_features: int
     in_features: int
     group_size: int
-    bytes: tuple[Tensor, Tensor] | None = None
+    bytes_at_2: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, weight: DeviceWeight, bits: int) -> Operand:
         """``weight`` at ``bits`` bits, which it has."""
         shape = (weight.out_features, weight.in_features, weight.group_size or 0)
-        of_bytes = weight.bytes_at_2 if bits == BYTE_BITS else None
-        return cls(weight.packed, weight.tables[bits], weight.scales[bits], bits, *shape, of_bytes)
+        bytes_at_2 = weight.bytes_at_2 if bits == BYTE_BITS else None
+        return cls(weight.packed, weight.tables[bits], weight.scales[bits], bits, *shape, bytes_at_2)
 
     @property
     def groups(self) -> int:
@@ -85,8 +85,9 @@ def multiply(x: Tensor, weight: Operand, fused: Fused, out: Tensor, plan: Launch
     plan = plan or _plan(weight, fused, rows, gpu)
     assert not plan.planes or (weight.groups == 1 and bits <= launch.PLANES_MAX_BITS)
     plan = launch.fit(plan, bits, *shape, weight.groups, rows, gpu.processors, gpu.shared_bytes)
-    variant = Variant.of(plan, bits, x.dtype, fused, shape, weight.groups, of_bytes=weight.bytes is not None)
-    table, scales = weight.bytes if weight.bytes and variant.table_digits == 1 else (weight.table, weight.scales)
+    bytes_at_2 = weight.bytes_at_2
+    variant = Variant.of(plan, bits, x.dtype, fused, shape, weight.groups, of_bytes=bytes_at_2 is not None)
+    table, scales = bytes_at_2 if bytes_at_2 and variant.table_digits == 1 else (weight.table, weight.scales)
     module = _module(gpu.capability, variant)
     module["nested_matmul"](
         (plan.blocks,),
@@ -240,7 +241,7 @@ class Variant:
             shape: outputs and inputs of the weight.
             of_bytes: whether the weight has tables of bytes, if it can.
         """
-        may_have_bytes = bits == BYTE_BITS and groups == 1 and not plan.planes and plan.capacity > 1
+        may_have_bytes = bits == BYTE_BITS and groups == 1 and plan.capacity > 1
         in_features = shape[1]
         chunk, once = plan.chunk(in_features)
         return cls(

@@ -77,33 +77,20 @@ class TestLaunches:
             assert not plan.planes or done == 1
             case.check(out[:done], x[:done], bits)
 
-    def test_two_bits_without_tables_of_bytes(self, plan: Launch, dtype: torch.dtype) -> None:
-        case, plan = Case(50, 1056, dtype=dtype), whole(plan, 1056)
-        operand = Operand.of(case.weight, 2)
-        assert operand.bytes is not None
-        x, out = case.x(2, 1056), torch.empty(2, 50, device="cuda", dtype=dtype)
-        done = product.multiply(x, replace(operand, bytes=None), Fused(), out, plan)
-        case.check(out[:done], x[:done], 2)
-
-    @pytest.mark.parametrize("rows", [1, 2, 8])
     @pytest.mark.parametrize("bits", [2, 3, 4])
     @pytest.mark.parametrize("in_features", [1056, 2848])
-    def test_norm_gate_and_residual(
-        self, plan: Launch, dtype: torch.dtype, in_features: int, bits: int, rows: int
-    ) -> None:
+    def test_norm_gate_and_residual(self, plan: Launch, dtype: torch.dtype, in_features: int, bits: int) -> None:
         case, plan = Case(4144, in_features, dtype=dtype), whole(plan, in_features)
-        x, residual, norm_weight = (
-            case.x(rows, in_features) / 64,
-            case.x(rows, 2072, seed=4),
-            case.x(in_features, seed=6),
-        )
-        out = torch.empty_like(residual)
-        fused = Fused(norm_weight, 1e-2, True, residual)
-        done = product.multiply(x, Operand.of(case.weight, bits), fused, out, plan)
-        normed = functional.rms_norm(x.double(), (in_features,), norm_weight.double(), 1e-2)
-        both = (normed @ case.exact(bits).T).unflatten(1, (-1, 2, 8))
-        expected = (functional.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1) + residual.double()
-        assert (out.double() - expected)[:done].norm() / expected[:done].norm() < 2 * TOLERANCE[dtype]
+        norm_weight = case.x(in_features, seed=6)
+        for rows in (1,) if plan.planes else (1, 2, 8):
+            x, residual = case.x(rows, in_features) / 64, case.x(rows, 2072, seed=4)
+            out = torch.empty_like(residual)
+            fused = Fused(norm_weight, 1e-2, True, residual)
+            done = product.multiply(x, Operand.of(case.weight, bits), fused, out, plan)
+            normed = functional.rms_norm(x.double(), (in_features,), norm_weight.double(), 1e-2)
+            both = (normed @ case.exact(bits).T).unflatten(1, (-1, 2, 8))
+            expected = (functional.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1) + residual.double()
+            assert (out.double() - expected)[:done].norm() / expected[:done].norm() < 2 * TOLERANCE[dtype]
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("column", [700, 1055])
@@ -120,11 +107,20 @@ class TestLaunches:
 
 
 @pytest.mark.parametrize("plan", [plan for plan in LAUNCHES if not plan.planes], ids=str)
-@pytest.mark.parametrize("bits", [5, 6, 8])
-class TestBitsThatAreOnlyLookedUp:
+class TestLookUp:
     pytestmark = on_gpu
 
-    def test_products(self, plan: Launch, bits: int) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_two_bits_without_tables_of_bytes(self, plan: Launch, dtype: torch.dtype) -> None:
+        case, plan = Case(50, 1056, dtype=dtype), whole(plan, 1056)
+        operand = Operand.of(case.weight, 2)
+        assert operand.bytes_at_2 is not None
+        x, out = case.x(2, 1056), torch.empty(2, 50, device="cuda", dtype=dtype)
+        assert product.multiply(x, replace(operand, bytes_at_2=None), Fused(), out, plan) == 2
+        case.check(out, x, 2)
+
+    @pytest.mark.parametrize("bits", [5, 6, 8])
+    def test_bits_that_planes_do_not_take(self, plan: Launch, bits: int) -> None:
         case, plan = Case(2200, 2816), whole(plan, 2816)
         for rows in (1, 2, 3, 8):
             x, out = case.x(rows, 2816), torch.full((rows, 2200), torch.nan, device="cuda", dtype=torch.float16)
@@ -138,9 +134,8 @@ class TestClusters:
 
     pytestmark = on_gpu
 
-    @pytest.mark.parametrize("planes", [False, True])
+    @pytest.mark.parametrize(("planes", "rows"), [(True, 1), (False, 1), (False, 3), (False, 8)])
     @pytest.mark.parametrize("out_features", [16, 48, 4432])
-    @pytest.mark.parametrize("rows", [1, 3, 8])
     def test_blocks_that_finish_no_tile_or_many(self, cluster: int, planes: bool, out_features: int, rows: int) -> None:
         case, plan = Case(out_features, 2848), whole(Launch(2, 3, 3, 2, 0, planes=planes, cluster=cluster), 2848)
         x, norm_weight = case.x(rows, 2848) / 64, case.x(2848, seed=6)
@@ -282,11 +277,15 @@ class TestAroundTheProduct:
     def test_it_compiles(self) -> None:
         case = Case(48, 256)
         x = case.x(2, 256)
-        operand = Operand.of(case.weight, 3)
-        arguments = (x, *vars(operand).values())
-        torch.library.opcheck(torch.ops.pmpd.nested_matmul.default, arguments)
-        compiled = torch.compile(lambda x: 2 * cuda.matmul(x, case.weight, 3), fullgraph=True, backend="aot_eager")
-        case.check(compiled(x), 2 * x, 3)
+        for bits in (2, 3):
+            *operand, bytes_at_2 = vars(Operand.of(case.weight, bits)).values()
+            assert (bytes_at_2 is not None) == (bits == 2)
+            bytes_named = dict(zip(("byte_table", "byte_scales"), bytes_at_2 or (), strict=False))
+            torch.library.opcheck(torch.ops.pmpd.nested_matmul.default, (x, *operand), bytes_named)
+            compiled = torch.compile(
+                lambda x, bits=bits: 2 * cuda.matmul(x, case.weight, bits), fullgraph=True, backend="aot_eager"
+            )
+            case.check(compiled(x), 2 * x, bits)
 
     def test_repeated_products_are_bitwise_equal(self) -> None:
         case = Case(300, 4096)
@@ -305,9 +304,11 @@ class TestRefusals:
             cuda.matmul(x, case.weight, 9)
         with pytest.raises(ValueError, match="bfloat16"):
             cuda.matmul(x.bfloat16(), case.weight, 3)
-        operand = Operand.of(case.weight, 3)
+        *operand, bytes_at_2 = vars(Operand.of(case.weight, 2)).values()
         with pytest.raises(ValueError, match="128 features"):
-            torch.ops.pmpd.nested_matmul(x[:, :128], *vars(operand).values())
+            torch.ops.pmpd.nested_matmul(x[:, :128], *operand)
+        with pytest.raises(ValueError, match="give both or neither"):
+            torch.ops.pmpd.nested_matmul(x, *operand, byte_table=bytes_at_2[0])
         with pytest.raises(ValueError, match="residual must be"):
             cuda.matmul(x, case.weight, 3, residual=x)
         with pytest.raises(ValueError, match="out must be"):

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -73,36 +75,55 @@ def test_tables_of_bytes_are_nearly_the_same_weight() -> None:
 @pytest.mark.parametrize("values", [(0, 1, 2, 3), (-5, -4, 2, 15), (2, 2, 2, 2)])
 def test_values_that_are_multiples_of_a_step_are_exact_in_bytes(values: tuple[int, ...]) -> None:
     table = 0.25 * torch.tensor([values], dtype=torch.float64) + 3
-    integers, scales, error = device._nearest_bytes(table, torch.tensor([[5.0, 1.0, 7.0, 2.0]], dtype=torch.float64))
+    integers, scales, error = device._nearest_bytes(
+        table, torch.tensor([[5.0, 1.0, 7.0, 2.0]], dtype=torch.float64) / 15
+    )
     assert torch.equal(integers, integers.round().clamp(0, 255))
     assert torch.allclose(scales[:, :1] * integers + scales[:, 1:], table, rtol=0, atol=1e-12)
     assert float(error) < 1e-20
 
 
 def test_bytes_are_fitted_to_the_codes_that_a_row_has() -> None:
-    """Against every pair of inner integers, for each scale: no other has a smaller error."""
+    """Against least squares for every pair of inner integers within one of the nearest, for each scale."""
     table = torch.tensor([[-1.7, -0.31, 0.42, 1.1]], dtype=torch.float64)
-    counts = torch.tensor([[3.0, 40.0, 50.0, 7.0]], dtype=torch.float64)
-    integers, scales, error = device._nearest_bytes(table, counts)
+    shares = torch.tensor([[0.03, 0.4, 0.5, 0.07]], dtype=torch.float64)
+    integers, scales, error = device._nearest_bytes(table, shares)
     found = scales[:, :1] * integers + scales[:, 1:]
-    assert float(error) == pytest.approx(float((counts * (found - table) ** 2).sum()))
-    weights = counts[0].sqrt().numpy()
+    assert float(error) == pytest.approx(float((shares * (found - table) ** 2).sum()))
+    weights = shares[0].sqrt().numpy()
     least = np.inf
     for largest in range(128, 256):
         near = ((table[0] - table[0, 0]) / (table[0, 3] - table[0, 0]) * largest).round()
-        columns = np.stack([near.numpy(), np.ones(4)], axis=1) * weights[:, None]
-        least = min(least, float(np.linalg.lstsq(columns, table[0].numpy() * weights)[1][0]))
+        for one, other in itertools.product((-1, 0, 1), repeat=2):
+            moved = near.numpy() + np.array([0, one, other, 0])
+            columns = np.stack([moved, np.ones(4)], axis=1) * weights[:, None]
+            least = min(least, float(np.linalg.lstsq(columns, table[0].numpy() * weights)[1][0]))
     assert float(error) == pytest.approx(least)
 
 
-def test_a_weight_that_bytes_would_harm_has_none() -> None:
-    """One weight of a row is a hundred times the others, and between its value and theirs there are 255 steps."""
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0])
+def test_a_weight_that_bytes_would_harm_has_none(scale: float, caplog: pytest.LogCaptureFixture) -> None:
+    """One weight of a row is a hundred times the others, and between its value and theirs there are 255 steps.
+
+    So it is in half of the rows, which may be small beside the others.
+    """
     planes = torch.full((2, 16, 64), 0x0F0F0F0F)
     planes[1] = ~planes[0]  # codes 1 and 2
     planes[:, :, 0] |= 1
-    planes, harmed = planes.int(), torch.tensor([0.0, 1.0, 1.3, 100.0]).expand(16, 1, 4)
-    assert device.prepare(planes, {2: harmed}, 2048, None, torch.float16).bytes_at_2 is None
-    assert device.prepare(planes, {2: harmed.clamp(max=2)}, 2048, None, torch.float16).bytes_at_2 is not None
+    planes, harmed = planes.int(), torch.tensor([0.0, 1.0, 1.3, 100.0]).repeat(16, 1, 1)
+    harmed[8:] = harmed[8:].clamp(max=2)
+    harmed[:8] *= scale
+    caplog.set_level("INFO")
+    assert (device.prepare(planes, {2: harmed}, 2048, None, torch.float16).bytes_at_2 is None) == (scale > 0)
+    assert ("a weight of 16 rows has no tables of bytes" in caplog.text) == (scale > 0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_has_no_tables_of_bytes(value: float) -> None:
+    table = random_centroids(2, 2, 16, 1, torch.float16)
+    table[3, 0, 1] = value
+    weight = device.prepare(random_planes(0, 2, 16, 64), {2: table}, 64, None, torch.float16)
+    assert weight.bytes_at_2 is None
 
 
 def test_groups_and_other_precisions_have_no_tables_of_bytes() -> None:
@@ -115,9 +136,10 @@ def test_groups_and_other_precisions_have_no_tables_of_bytes() -> None:
 
 def test_codes_of_two_bits_are_counted() -> None:
     planes = random_planes(0, 5, 7, 96)
+    planes[:2, 0], planes[0, 1] = -1, 0
     codes = reference.dequantize(planes, torch.arange(4.0).expand(7, 1, 4), 2, 96)
     expected = torch.stack([(codes == code).sum(1) for code in range(4)], dim=1)
-    assert torch.equal(device._counts(planes), expected.double())
+    assert torch.equal(device._shares(planes), expected.double() / 96)
 
 
 def test_the_words_of_pairs_make_planes_in_the_order_of_the_others() -> None:

@@ -90,31 +90,34 @@ def test_an_input_of_another_device_or_dtype_is_refused() -> None:
 def test_tensors_that_are_not_of_one_weight_are_refused() -> None:
     case, x = Case(32, 96, device="cpu"), torch.zeros(2, 192, dtype=torch.float16)
     packed, table, scales, bits, out_features, in_features, group, _ = vars(Operand.of(case.weight, 3)).values()
+    bytes_at_2 = case.weight.bytes_at_2
+    assert bytes_at_2 is not None
     for wrong in (
         Operand(packed[:-1], table, scales, bits, out_features, in_features, group),
         Operand(packed[: packed.numel() // 4], table, scales, bits, out_features, in_features, group),
         Operand(packed, table, scales[:16], bits, out_features, in_features, group),
+        Operand(packed, table, scales, 2, out_features, in_features, group, (bytes_at_2[0][:1], bytes_at_2[1])),
+        Operand(packed, table, scales, 2, out_features, in_features, group, (bytes_at_2[0], bytes_at_2[1][:16])),
     ):
         with pytest.raises(ValueError, match="not those of a weight"):
             cuda._multiply(x[:, :96], wrong, Fused(), x.new_empty(2, 32))
 
 
 @pytest.mark.parametrize(
-    ("rows", "bits", "planes", "groups", "of_bytes", "digits"),
+    ("rows", "bits", "groups", "of_bytes", "digits"),
     [
-        (2, 2, False, 1, True, 1),
-        (8, 2, False, 1, True, 1),
-        (1, 2, False, 1, True, 2),  # one row is by planes, mostly, and as exact as it can be
-        (2, 2, True, 1, True, 2),
-        (8, 3, False, 1, True, 2),
-        (8, 2, False, 4, True, 2),
-        (8, 2, False, 1, False, 2),
+        (2, 2, 1, True, 1),
+        (8, 2, 1, True, 1),
+        (1, 2, 1, True, 2),  # one row is by planes, mostly, and as exact as it can be
+        (8, 3, 1, True, 2),
+        (8, 2, 4, True, 2),
+        (8, 2, 1, False, 2),
     ],
 )
 def test_tables_of_bytes_are_for_several_rows_by_look_up(
-    rows: int, bits: int, planes: bool, groups: int, of_bytes: bool, digits: int
+    rows: int, bits: int, groups: int, of_bytes: bool, digits: int
 ) -> None:
-    plan = Launch(2, 2, planes=planes, blocks=132, rows=rows)
+    plan = Launch(2, 2, blocks=132, rows=rows)
     variant = Variant.of(plan, bits, torch.float16, Fused(), (64, 512), groups, of_bytes=of_bytes)
     assert variant.table_digits == digits
     assert f"-DTABLE_DIGITS={digits}" in variant.options
