@@ -58,6 +58,9 @@ def matmul(
 ) -> Tensor:
     """``g(f(x) @ W.T + bias) + residual`` with W the weight at ``bits`` bits, on the current stream.
 
+    At 2 bits several rows of x may take W with an error of ``device.BYTE_ERROR`` at most, the root mean square of
+    its rows' relative errors, which one row does not: a row's result differs by that with how many others there are.
+
     Args:
         x: ``[..., in]``, of the weight's dtype and on its device.
         norm_weight: ``[in]``: f is RMSNorm, ``x * rsqrt(mean(x**2) + norm_eps) * norm_weight``.
