@@ -23,10 +23,12 @@ MAX_ROWS = 8
 """Rows of x that one launch multiplies."""
 PLANES_WARPS = (6, 8, 12, 16)
 """Of a block, that a kernel by bit planes is compiled for: with more warps a thread has fewer registers."""
-PLANES_CHUNK = 6
-"""Steps of x that a warp may have in registers at once, by bit planes."""
-LOOKUP_CHUNKS = {8: 6, 12: 4, 16: 2}
-"""The same by look-up, and how many steps of x a warp may have in registers then, where tables wait in them too."""
+LOOKUP_WARPS = (8, 12, 16)
+"""The same by look-up."""
+CHUNK = 6
+"""Steps of x that a warp may have in registers at once."""
+NORM_CHUNKS = {8: 6, 12: 4, 16: 2}
+"""The same by look-up with a norm, which makes floats of x early, by the warps that the kernel is compiled for."""
 MAX_WARPS = max(PLANES_WARPS)
 PLANES_MAX_BITS = 4
 """Above, bit planes, which take 2**bits - 1 products of planes, would take more than look-up takes. They take one
@@ -85,7 +87,7 @@ class Launch:
         """
         if not self.planes and self.capacity == 1:
             return MAX_WARPS
-        compiled = PLANES_WARPS if self.planes else LOOKUP_CHUNKS
+        compiled = PLANES_WARPS if self.planes else LOOKUP_WARPS
         return next((most for most in compiled if self.warps <= most), MAX_WARPS)
 
     def most_tiles(self, out_features: int) -> int:
@@ -97,9 +99,9 @@ class Launch:
         steps = _up(in_features, STEP)
         return steps if self.cluster == 1 else _up(steps, self.splits) * (self.splits // self.cluster)
 
-    def chunk(self, in_features: int) -> tuple[int, bool]:
+    def chunk(self, in_features: int, *, norm: bool) -> tuple[int, bool]:
         """Steps of x that a warp has in registers at once, and whether those are all that it has."""
-        most = PLANES_CHUNK if self.planes else LOOKUP_CHUNKS[self.max_warps]
+        most = NORM_CHUNKS[self.max_warps] if norm and not self.planes else CHUNK
         own = _up(_up(in_features, STEP), self.splits)
         return min(own, most), own <= most
 

@@ -243,7 +243,7 @@ class Variant:
         """
         may_have_bytes = bits == BYTE_BITS and groups == 1 and plan.capacity > 1
         in_features = shape[1]
-        chunk, once = plan.chunk(in_features)
+        chunk, once = plan.chunk(in_features, norm=fused.norm_weight is not None)
         return cls(
             bits,
             plan.capacity,

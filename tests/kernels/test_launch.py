@@ -80,20 +80,36 @@ def test_bit_planes_take_one_row() -> None:
         (Launch(4, 2, rows=2), 8, (6, False)),
         (Launch(8, 1, rows=2), 8, (6, True)),
         (Launch(16, 1, rows=2, cluster=2), 8, (3, True)),
-        (Launch(4, 3, rows=2), 12, (4, False)),
-        (Launch(5, 3, rows=2), 16, (2, False)),
-        (Launch(4, 2, rows=1), 16, (2, False)),
+        (Launch(4, 3, rows=2), 12, (6, False)),
+        (Launch(5, 3, rows=2), 16, (6, False)),
+        (Launch(4, 2, rows=1), 16, (6, False)),
         (Launch(4, 2, rows=1, planes=True), 8, (6, False)),
         (Launch(3, 2, rows=2), 8, (6, False)),
         (Launch(3, 2, rows=1, planes=True), 6, (6, False)),
         (Launch(3, 3, rows=1, planes=True), 12, (6, False)),
         (Launch(13, 1, rows=1, planes=True), 16, (4, True)),
-        (Launch(17, 1, rows=2), 16, (2, False)),
+        (Launch(17, 1, rows=2), 16, (3, True)),
     ],
 )
 def test_few_warps_have_more_registers(plan: Launch, max_warps: int, chunk: tuple[int, bool]) -> None:
     variant = Variant.of(replace(plan, blocks=132), 2, torch.float16, Fused(), (4096, 11008), 1)
     assert (variant.max_threads, variant.chunk, variant.once) == (32 * max_warps, *chunk)
+
+
+@pytest.mark.parametrize(
+    ("plan", "chunk"),
+    [
+        (Launch(4, 2, rows=2), (6, False)),
+        (Launch(4, 3, rows=2), (4, False)),
+        (Launch(15, 1, rows=2), (2, False)),
+        (Launch(22, 1, rows=2), (2, True)),
+        (Launch(15, 1, rows=1, planes=True), (3, True)),
+    ],
+)
+def test_a_norm_leaves_look_up_fewer_registers_for_x(plan: Launch, chunk: tuple[int, bool]) -> None:
+    norm = Fused(norm_weight=torch.empty(0))
+    variant = Variant.of(replace(plan, blocks=132), 2, torch.float16, norm, (4096, 11008), 1)
+    assert (variant.chunk, variant.once) == chunk
 
 
 @pytest.mark.parametrize(
