@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 from importlib import resources
 
-from pmpd.kernels.device import TILE
+from pmpd.kernels.device import REGISTER_BITS, TILE
 
 STEP = 256
 """Columns that a warp copies at once."""
@@ -52,6 +52,8 @@ class Launch:
         alone.
     hold: clocks that a block waits before it asks for its early steps, for the x of the kernel before not to queue
         behind them; lost if that one has ended.
+    spread: above five bits, by look-up and with a table a row: let a lane have entries of its own, where two lanes meet
+        and not 32. Lost where there is no memory for it.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -65,6 +67,7 @@ class Launch:
     planes: bool = False
     cluster: int = 1
     hold: int = 0
+    spread: bool = True
     blocks: int = 0
     rows: int = MAX_ROWS
 
@@ -117,7 +120,13 @@ class Launch:
         columns = self.capacity * DIGITS * (self.kept_steps(in_features) * STEP + 16)
         partial = tiles * (self.splits // self.cluster + self.cluster - 1)
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
-        return fixed + ring + columns + partial * self.capacity * TILE * 4 + tiles * (TILE * 8 + tables)
+        spread = self.teams * TILE * (8 << bits) if self.spreads(bits, groups) else 0
+        partial *= self.capacity * TILE * 4
+        return fixed + ring + columns + partial + tiles * (TILE * 8 + tables) + spread
+
+    def spreads(self, bits: int, groups: int) -> bool:
+        """Whether a team spreads a tile's tables over its lanes."""
+        return self.spread and bits > REGISTER_BITS and groups == 1
 
 
 def fixed_bytes(rows: int, warps: int, cluster: int) -> int:
@@ -258,6 +267,8 @@ def fit(
             launch = replace(launch, stages=launch.stages - 1, early=min(launch.early, launch.stages - 1))
         elif launch.teams > 1:
             launch = replace(launch, teams=launch.teams - 1)
+        elif launch.spreads(bits, groups):
+            launch = replace(launch, spread=False)
         elif launch.blocks // launch.cluster * TILE < out_features:
             launch = replace(launch, blocks=2 * launch.blocks)
         elif launch.rows > 1:

@@ -25,7 +25,7 @@ extern "C" __global__ void dequantize(const u32* packed, const u8* tables, const
         u16* line = out + size_t(row - first_tile * TILE) * in_features + unit * UNIT + 32 * t;
         #pragma unroll
         for (int part = 0; part < 4; part++) {
-            Digits d = lookup(now, table, memory + (g + 8 * half) * TABLE_BYTES, half, part);
+            Digits d = lookup<1>(now, table, memory + (g + 8 * half) * TABLE_BYTES, half, part);
             u32 words[4];
             #pragma unroll
             for (int i = 0; i < 8; i++) {

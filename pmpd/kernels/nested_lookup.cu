@@ -7,6 +7,11 @@ constexpr int NT = (ROWS * DIGITS + 7) / 8;  // mma of 8 columns
 constexpr bool REGISTER_TABLE = BITS <= 5;
 constexpr int EIGHTHS = REGISTER_TABLE && BITS > 3 ? 1 << (BITS - 3) : 1;  // tables of eight entries in one
 constexpr int SHARED_TABLE_BYTES = GROUPED ? 0 : TABLE_BYTES;              // of a row
+// Lanes that look entries up in one table meet on its banks. So where tables are not in registers a team has those of its tile
+// spread if SPREAD: two bytes a lane, [row half][code][lane], of which two lanes share a bank and others none.
+static_assert(!SPREAD || (!REGISTER_TABLE && !GROUPED), "other tables are not in shared memory");
+constexpr int SPREAD_HALF = 64 << BITS;
+constexpr int TEAM_TABLE_BYTES = SPREAD ? 2 * SPREAD_HALF : 0;
 constexpr int MIN_BLOCKS = BITS <= 4 && ROWS <= 4 ? 2 : 1;  // on a processor: this kernel's and the next one's
 // Rows of x that instructions are laid out for: two where launches.csv has no float16 program that spills for it.
 constexpr int ROWS_AHEAD = ROWS >= 4 && (MAX_THREADS <= 256 || (BITS == 2 && !NORM)) ? 2 : 1;
@@ -59,15 +64,18 @@ __device__ __forceinline__ u32 third_plane(const Unit& x, int half, int part) {
     if (BITS == 3) word = masked(word, part < 2 ? 0x55555555u : 0xaaaaaaaau);
     return part == 0 ? word << 2 : part == 1 ? word : part == 2 ? word << 1 : word >> 1;
 }
-__device__ __forceinline__ u32 upper_plane(const Unit& x, int j, int half, int part) {  // at bit 3 of each nibble
-    u32 word = plane_word(x, j, half);
-    return part == 0 ? word << 3 : part == 1 ? word << 1 : part == 2 ? word << 2 : word;
+__device__ __forceinline__ u32 plane_at(const Unit& x, int j, int half, int part, int bit) {  // of each nibble
+    const int by = bit - (part == 0 ? 0 : part == 1 ? 2 : part == 2 ? 1 : 3);
+    const u32 word = plane_word(x, j, half);
+    return by < 0 ? word >> -by : word << by;
 }
 
 struct Digits {  // high and low digits of eight weights, one byte each; of several tables all but one yield zeros
     u32 high[EIGHTHS][2], low[EIGHTHS][2];
 };
 
+// Entries in memory are STRIDE of them apart.
+template <int STRIDE>
 __device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, const u8* memory, int half, int part) {
     Digits d;
     const u32* row = table[half];
@@ -89,9 +97,9 @@ __device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, cons
     // A selector's bit 3 replicates the sign of the byte: digits have 7 bits, so it yields zero. It is set in the tables
     // of eight that an entry is not in.
     u32 three = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u);
-    u32 fourth = upper_plane(x, 1, half, part);
+    u32 fourth = plane_at(x, 1, half, part, 3);
 #if BITS == 5
-    u32 fifth = upper_plane(x, 2, half, part);
+    u32 fifth = plane_at(x, 2, half, part, 3);
 #endif
     #pragma unroll
     for (int e = 0; e < EIGHTHS; e++) {
@@ -109,16 +117,17 @@ __device__ __forceinline__ Digits lookup(const Unit& x, const Table& table, cons
     }
 #else
     u32 three = pick(low_planes(x, half, part), third_plane(x, half, part), 0x33333333u);
-    u32 nibble = pick(three, upper_plane(x, 1, half, part), 0x77777777u), upper = 0;
+    u32 nibble = pick(three, plane_at(x, 1, half, part, 3), 0x77777777u), upper = 0;
     #pragma unroll
-    for (int j = 2; j < PLANES; j++) upper |= (upper_plane(x, j, half, part) & 0x88888888u) >> (5 - j);
+    for (int j = 2; j < PLANES; j++) upper = pick(plane_at(x, j, half, part, j - 2), upper, 0x11111111u << (j - 2));
     u32 even = pick(nibble, upper << 4, 0x0f0f0f0fu), odd = pick(nibble >> 4, upper, 0x0f0f0f0fu);
-    const u16* entries = reinterpret_cast<const u16*>(memory);
+    auto entry = [&](u32 codes, int byte) -> u32 {
+        return reinterpret_cast<const u16*>(memory)[STRIDE * permute(codes, 0, 0x4440u + byte)];
+    };
     #pragma unroll
-    for (int k = 0; k < 2; k++, even >>= 16, odd >>= 16) {
-        u32 w0 = entries[even & 0xffu], w1 = entries[odd & 0xffu];
-        u32 w2 = entries[(even >> 8) & 0xffu], w3 = entries[(odd >> 8) & 0xffu];
-        u32 a = permute(w0, w1, 0x5140u), b = permute(w2, w3, 0x5140u);
+    for (int k = 0; k < 2; k++) {
+        u32 a = permute(entry(even, 2 * k), entry(odd, 2 * k), 0x5140u);
+        u32 b = permute(entry(even, 2 * k + 1), entry(odd, 2 * k + 1), 0x5140u);
         d.low[0][k] = permute(a, b, 0x5410u);
         d.high[0][k] = permute(a, b, 0x7632u);
     }
@@ -136,7 +145,27 @@ __device__ __forceinline__ void copy_tables(u8* to, float2* to_scales, const u8*
     #pragma unroll 1
     for (int i = thread * 16; i < rows * SHARED_TABLE_BYTES; i += threads * 16) copy16(to + i, tables + i);
 }
-__device__ __forceinline__ void prepare_tables(u8*, float2*, int, int, int) {}  // they are used as they come
+__device__ __forceinline__ void prepare_tables(u8*, float2*, int, int, int) {}
+// Where Sums find the tables of a team's next tile, which are at `tables`. All of its threads call it.
+__device__ __forceinline__ const u8* team_tables(u8* of_team, const u8* tables, int team, int thread, int threads) {
+    if (!SPREAD) return tables;
+    auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory"); };
+    meet();  // the tile before is done with
+    #pragma unroll 1
+    for (int i = thread; i < TILE * TABLE_BYTES / 16; i += threads) {  // of eight entries of a row
+        const int g = i % 8, half = i / (1 << BITS), eight = i / 8 % ((1 << BITS) / 8);
+        const uint4 raw = *reinterpret_cast<const uint4*>(tables + (g + 8 * half) * TABLE_BYTES + 16 * eight);
+        const u32 two[4] = {raw.x, raw.y, raw.z, raw.w};
+        u8* to = of_team + half * SPREAD_HALF + eight * 8 * 64 + g * 8;  // of lanes 4 * g ..
+        #pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const u32 word = permute(two[k / 2], two[k / 2], k % 2 ? 0x3232u : 0x1010u);
+            *reinterpret_cast<uint2*>(to + k * 64) = make_uint2(word, word);
+        }
+    }
+    meet();
+    return of_team;
+}
 
 // Where this lane's eight columns of each of its warp's steps of x go, the first of which is the block's step `own`: a row is
 // DIGITS lines of `pitch` bytes.
@@ -175,11 +204,12 @@ struct ColumnsIn {
 // A warp's part of a tile's products.
 struct Sums {
     Table table;
-    const u8* memory;
+    const u8* memory;  // of the lane, if SPREAD
     int high[NT][4] = {}, low[NT][4] = {};  // sums of products with the digits of entries
 
-    __device__ __forceinline__ Sums(const u8* tables, int g) : memory(tables) {
-        if (REGISTER_TABLE && !GROUPED) load_table(table, memory, g);
+    __device__ __forceinline__ Sums(const u8* tables, int lane) : memory(tables) {
+        if (REGISTER_TABLE && !GROUPED) load_table(table, memory, lane >> 2);
+        if (SPREAD) memory += 2 * lane;
     }
 
     // Adds the block's step `kept`, the row's `step`, whose weights are at `slot`; calls slot_is_read once they are in registers.
@@ -187,6 +217,7 @@ struct Sums {
     __device__ __forceinline__ void add(const u8* slot, const ColumnsIn& x, int kept, int step, const Weight& weight, int tile,
                                         int lane, F&& slot_is_read) {
         const int g = lane >> 2;
+        constexpr int STRIDE = SPREAD ? 32 : 1;
         #pragma unroll
         for (int u = 0; u < 2; u++) {
             const Unit now = read_unit(slot, u, lane);
@@ -201,8 +232,9 @@ struct Sums {
                     b[n] = *reinterpret_cast<const uint4*>(x.row[n] + kept * STEP + u * UNIT + 16 * pair);
                 #pragma unroll
                 for (int k = 0; k < 2; k++) {
-                    Digits r0 = lookup(now, table, memory + g * TABLE_BYTES, 0, 2 * pair + k);
-                    Digits r1 = lookup(now, table, memory + (g + 8) * TABLE_BYTES, 1, 2 * pair + k);
+                    Digits r0 = lookup<STRIDE>(now, table, memory + (SPREAD ? 0 : g * TABLE_BYTES), 0, 2 * pair + k);
+                    Digits r1 = lookup<STRIDE>(now, table, memory + (SPREAD ? SPREAD_HALF : (g + 8) * TABLE_BYTES), 1,
+                                               2 * pair + k);
                     #pragma unroll
                     for (int n = 0; n < NT; n++) {
                         u32 b0 = k ? b[n].z : b[n].x, b1 = k ? b[n].w : b[n].y;

@@ -46,6 +46,7 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
     float* partial = reinterpret_cast<float*>(columns + ROWS * DIGITS * pitch);
     float2* block_scales = reinterpret_cast<float2*>(partial + most_tiles * sums_of_tile * ROWS * TILE);
     u8* block_tables = reinterpret_cast<u8*>(block_scales + most_tiles * TILE);
+    u8* const of_team = block_tables + most_tiles * TILE * SHARED_TABLE_BYTES + team * TEAM_TABLE_BYTES;
     auto finished_by = [&](int block) { return (my_tiles - block + CLUSTER - 1) / CLUSTER; };  // tiles
     const Inbox inbox = {shared_address(&fixed.barrier)};
     if (CLUSTER > 1 && thread == 0)
@@ -119,8 +120,9 @@ nested_matmul(const u16* x, const u32* packed, const u8* tables, const float2* s
 #if __CUDA_ARCH__ >= 900
         if (late == 3 && tile + teams >= my_tiles) asm volatile("griddepcontrol.launch_dependents;");
 #endif
-        const u8* tile_tables = block_tables + tile * TILE * SHARED_TABLE_BYTES;
-        Sums sums(tile_tables, lane >> 2);
+        const u8* tile_tables = team_tables(of_team, block_tables + tile * TILE * SHARED_TABLE_BYTES, team,
+                                            thread - team * 32 * own_splits, 32 * own_splits);
+        Sums sums(tile_tables, lane);
         #pragma unroll 1
         for (int kept = own; kept < own_steps; kept += own_splits) {
             wait_copies<STAGES - 1>();

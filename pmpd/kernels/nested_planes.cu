@@ -10,6 +10,7 @@
 static_assert(ROWS == 1, "more rows are looked up");
 constexpr int SETS = 1 << BITS;                       // of bits; the empty set's coefficient is part of the offset
 constexpr int SHARED_TABLE_BYTES = sizeof(float) * SETS;  // of a row
+constexpr int TEAM_TABLE_BYTES = 0;
 constexpr int ROWS_AHEAD = 1;                         // rows of x that instructions are laid out for
 // On a processor: this kernel's and the next one's, where a thread's counts leave that many registers.
 constexpr int MIN_BLOCKS = BITS <= (MAX_THREADS == 192 ? 4 : 3) ? 2 : 1;
@@ -54,6 +55,8 @@ __device__ __forceinline__ void prepare_tables(u8* tables, float2* scales, int r
         for (int i = 0; i < SETS; i++) reinterpret_cast<float*>(tables + row * SHARED_TABLE_BYTES)[i] = scale.x * float(c[i]);
     }
 }
+
+__device__ __forceinline__ const u8* team_tables(u8*, const u8* tables, int, int, int) { return tables; }
 
 // How a lane and another one change places of half of what they have: bits of words a and b outside MASK, which are DISTANCE
 // apart in the words, against those inside.

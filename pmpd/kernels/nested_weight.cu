@@ -4,11 +4,11 @@
 //
 // Compile-time choices (-D): BITS 2..8; ROWS rows of x at most: 1, 2, 4 or 8, by planes 1; BFLOAT 0 or 1; NORM 0 or 1 (RMSNorm
 // of x); GATED 0 or 1 (rows are eight gates and eight ups in turns, the result is silu(gate) * up); GROUPED 0 or 1 (a table
-// for each group_size columns, else for each row); TABLE_DIGITS bytes of a table's entry: 2, or 1 by look-up of 2 bits; STAGES
-// steps of weights that a warp has under way, which are all of its own if WHOLE is 1; RAGGED 0 or 1 (columns that STEP does
-// not divide); CHUNK steps of x that a warp has in registers at once, which are all of its own if ONCE is 1; MAX_THREADS of a
-// block: 192, 256, 384 or 512; CLUSTER blocks that share tiles, 1 below compute capability 9.0; FIXED_BYTES of a block's
-// shared memory, whose layout launch.py has.
+// for each group_size columns, else for each row); TABLE_DIGITS bytes of a table's entry: 2, or 1 by look-up of 2 bits; SPREAD
+// 0 or 1 (see nested_lookup.cu); STAGES steps of weights that a warp has under way, which are all of its own if WHOLE is 1;
+// RAGGED 0 or 1 (columns that STEP does not divide); CHUNK steps of x that a warp has in registers at once, which are all of
+// its own if ONCE is 1; MAX_THREADS of a block: 192, 256, 384 or 512; CLUSTER blocks that share tiles, 1 below compute
+// capability 9.0; FIXED_BYTES of a block's shared memory, whose layout launch.py has.
 // Short kernels wait for their own instructions, so what a shape does not need is left out.
 
 constexpr int TILE = 16;   // rows of the weight that a warp works on: those of one mma

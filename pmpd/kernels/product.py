@@ -222,6 +222,7 @@ class Variant:
     planes: bool = False
     cluster: int = 1
     table_digits: int = 2
+    spread: bool = False
 
     @classmethod
     def of(
@@ -260,6 +261,7 @@ class Variant:
             planes=plan.planes,
             cluster=plan.cluster,
             table_digits=1 if of_bytes and may_have_bytes else 2,
+            spread=plan.spreads(bits, groups),
         )
 
     @property
@@ -286,6 +288,7 @@ class Variant:
             "MAX_THREADS": self.max_threads,
             "CLUSTER": self.cluster,
             "TABLE_DIGITS": self.table_digits,
+            "SPREAD": self.spread,
             "FIXED_BYTES": launch.fixed_bytes(self.rows, self.max_threads // 32, self.cluster),
         }
         return [f"-D{name}={int(value)}" for name, value in choices.items()]

@@ -68,6 +68,14 @@ def test_a_block_of_a_cluster_has_memory_for_its_own_columns_alone(plan: Launch,
     assert plan.shared_bytes(2, 4096, 11008, 1) == -(-fixed // 128) * 128 + ring + columns + partial + tables
 
 
+def test_a_team_has_memory_for_tables_of_more_than_five_bits() -> None:
+    """Of a tile, two bytes an entry and lane."""
+    for bits, spread in ((5, 0), (6, 8192), (8, 32768)):
+        one, three = (Launch(4, teams, 2, 2, blocks=132, rows=1).shared_bytes(bits, 2112, 1024, 1) for teams in (1, 3))
+        rings = 4 * 2 * 16 * 256 * bits // 8
+        assert three - one == 2 * (rings + spread)
+
+
 def test_bit_planes_take_one_row() -> None:
     for rows in range(1, 9):
         assert launch.fit(Launch(4, 2, planes=True), 2, 4096, 4096, 1, rows, *GPUS[0]).rows == 1
