@@ -46,10 +46,9 @@ class Method:
 
 
 def methods(bits: int, rows: int) -> list[Method]:
-    found = [Method(False, cluster) for cluster in (1, 2)[: 1 if rows == 1 else 2]]
     if rows == 1 and bits <= launch.PLANES_MAX_BITS:
-        found += [Method(True, 1), Method(True, 2)]
-    return found
+        return [Method(False, 1), Method(True, 1), Method(True, 2)]
+    return [Method(False, 1), Method(False, 2)]
 
 
 Changes = list[dict[str, Any]]

@@ -33,6 +33,9 @@ MAX_WARPS = max(PLANES_WARPS)
 PLANES_MAX_BITS = 4
 """Above, bit planes, which take 2**bits - 1 products of planes, would take more than look-up takes. They take one
 row of x: for several, look-up is faster or nearly as fast (``docs/kernels.md``)."""
+SPREAD_COLUMNS = 9
+"""For each entry of a table, from which on spreading tables over lanes takes less time than it saves: measured at 6 and 8
+bits with 576 to 11008 columns."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory, beside what a block may have."""
 
@@ -52,8 +55,8 @@ class Launch:
         alone.
     hold: clocks that a block waits before it asks for its early steps, for the x of the kernel before not to queue
         behind them; lost if that one has ended.
-    spread: above five bits, by look-up and with a table a row: let a lane have entries of its own, where two lanes meet
-        and not 32. Lost where there is no memory for it.
+    spread: above five bits, by look-up, with a table a row and columns enough: let a lane have entries of its own, where
+        two lanes meet and not 32. Lost where there is no memory for it.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -120,13 +123,14 @@ class Launch:
         columns = self.capacity * DIGITS * (self.kept_steps(in_features) * STEP + 16)
         partial = tiles * (self.splits // self.cluster + self.cluster - 1)
         tables = TILE * ((4 if self.planes else 2) << bits) if groups == 1 else 0
-        spread = self.teams * TILE * (8 << bits) if self.spreads(bits, groups) else 0
+        spread = self.teams * TILE * (8 << bits) if self.spreads(bits, in_features, groups) else 0
         partial *= self.capacity * TILE * 4
         return fixed + ring + columns + partial + tiles * (TILE * 8 + tables) + spread
 
-    def spreads(self, bits: int, groups: int) -> bool:
+    def spreads(self, bits: int, in_features: int, groups: int) -> bool:
         """Whether a team spreads a tile's tables over its lanes."""
-        return self.spread and bits > REGISTER_BITS and groups == 1
+        enough = in_features >= SPREAD_COLUMNS << bits
+        return self.spread and bits > REGISTER_BITS and groups == 1 and enough
 
 
 def fixed_bytes(rows: int, warps: int, cluster: int) -> int:
@@ -267,7 +271,7 @@ def fit(
             launch = replace(launch, stages=launch.stages - 1, early=min(launch.early, launch.stages - 1))
         elif launch.teams > 1:
             launch = replace(launch, teams=launch.teams - 1)
-        elif launch.spreads(bits, groups):
+        elif launch.spreads(bits, in_features, groups):
             launch = replace(launch, spread=False)
         elif launch.blocks // launch.cluster * TILE < out_features:
             launch = replace(launch, blocks=2 * launch.blocks)

@@ -261,7 +261,7 @@ class Variant:
             planes=plan.planes,
             cluster=plan.cluster,
             table_digits=1 if of_bytes and may_have_bytes else 2,
-            spread=plan.spreads(bits, groups),
+            spread=plan.spreads(bits, in_features, groups),
         )
 
     @property

@@ -69,9 +69,10 @@ def test_a_block_of_a_cluster_has_memory_for_its_own_columns_alone(plan: Launch,
 
 
 def test_a_team_has_memory_for_tables_of_more_than_five_bits() -> None:
-    """Of a tile, two bytes an entry and lane."""
-    for bits, spread in ((5, 0), (6, 8192), (8, 32768)):
-        one, three = (Launch(4, teams, 2, 2, blocks=132, rows=1).shared_bytes(bits, 2112, 1024, 1) for teams in (1, 3))
+    """Of a tile, two bytes an entry and lane, with nine columns an entry or more."""
+    for bits, columns, spread in ((5, 1024, 0), (6, 575, 0), (6, 576, 8192), (8, 2048, 0), (8, 2304, 32768)):
+        plans = (Launch(4, teams, 2, 2, blocks=132, rows=1) for teams in (1, 3))
+        one, three = (plan.shared_bytes(bits, 2112, columns, 1) for plan in plans)
         rings = 4 * 2 * 16 * 256 * bits // 8
         assert three - one == 2 * (rings + spread)
 
