@@ -3,6 +3,7 @@
     python benchmarks/launches.py                              all of it
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
     python benchmarks/launches.py --same-divisions             keeps how the work is divided: quicker
+    python benchmarks/launches.py --thorough                   more queues and times: four times as long, up to 4 % less
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
 For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work
@@ -28,6 +29,8 @@ import torch
 from decode import SHAPES as MODELS
 from launch_chains import chains
 from launch_choices import (
+    EVERY_QUEUE,
+    EVERY_TIME,
     QUEUES,
     RESULTS,
     START,
@@ -81,6 +84,7 @@ class Search:
     Attributes:
         known: the launch so far, which is among those tried: with few depths of the queue its division may look slow.
         same_division: whether no division but that of ``known`` is tried.
+        thorough: whether more queues and times are tried.
         times: microseconds, of the launches tried so far.
     """
 
@@ -89,6 +93,7 @@ class Search:
     gpu: product.Gpu
     known: Launch | None = None
     same_division: bool = False
+    thorough: bool = False
     times: dict[Launch, float] = field(default_factory=dict)
 
     @property
@@ -103,6 +108,11 @@ class Search:
         """Launches that this GPU has the memory for as they are, if perhaps with more blocks."""
         wanted = every(START, [divided, queues(pairs), times(when), [{"alone": value} for value in alone]])
         return {plan for plan in wanted if self._fits(plan)}
+
+    @property
+    def _axes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Queues and times that the fastest divisions are tried with."""
+        return (EVERY_QUEUE, EVERY_TIME) if self.thorough else (QUEUES, TIMES)
 
     @property
     def _known(self) -> set[Launch]:
@@ -122,7 +132,7 @@ class Search:
         best = {(plan.splits, plan.teams) for plan in [*self._fastest(), *self._known]}
         chosen = [division for division in self.divisions if (division["splits"], division["teams"]) in best]
         small = self.case.out_features <= launch.TILE * self.gpu.processors
-        self._try(self.plans(chosen, QUEUES, TIMES, [False, True] if small else [False]) | self._known, time)
+        self._try(self.plans(chosen, *self._axes, [False, True] if small else [False]) | self._known, time)
         again = {plan: statistics.median(time(plan, REPLAYS) for _ in range(3)) for plan in self._fastest()}
         self.times |= again
         return min(again, key=again.__getitem__, default=None)
@@ -136,7 +146,7 @@ class Search:
 
     def variants(self) -> set[product.Variant]:
         """Programs that it may need."""
-        plans = self.plans(self.divisions, QUEUES, TIMES, [False]) | self._known
+        plans = self.plans(self.divisions, *self._axes, [False]) | self._known
         return {variant(fit(plan, self.case, self.gpu), self.case) for plan in plans}
 
 
@@ -152,13 +162,14 @@ def products(
     table: Table,
     *,
     same_divisions: bool = False,
+    thorough: bool = False,
 ) -> None:
-    """A row for each product and method, where a launch fits."""
+    """A row for each product and method where a launch fits, none where none does."""
     gpu = product.describe(torch.cuda.current_device())
     cases = [Case(b, m, *sizes) for b in bits for m in rows for sizes in shapes]
     searches = {
         case: [
-            Search(case, method, gpu, table.known(case, method), same_divisions)
+            Search(case, method, gpu, table.known(case, method), same_divisions, thorough)
             for method in methods(case.bits, case.m)
             if not wanted or method.name in wanted
         ]
@@ -179,7 +190,8 @@ def products(
             if best := search.run(microseconds):
                 table.add(case, best, search.times[best], gpu.processors)
             else:
-                print(f"{case} {search.method.name}: no launch fits, nothing changed", flush=True)
+                table.forget(case, search.method)
+                print(f"{case} {search.method.name}: no launch fits", flush=True)
 
 
 def main() -> None:
@@ -200,6 +212,7 @@ def main() -> None:
         help="as planes-2: bit planes, clusters of two; default: all",
     )
     parser.add_argument("--same-divisions", action="store_true", help="try those of the file alone; not with --chain")
+    parser.add_argument("--thorough", action="store_true", help="try more queues and times; not with --chain")
     parser.add_argument("--chain", action="store_true")
     parser.add_argument(
         "--models", nargs="+", default=list(MODELS), choices=MODELS, help="with --chain, whose steps; default: all"
@@ -219,7 +232,11 @@ def main() -> None:
     if args.chain:
         chains(args.bits, args.models, table)
     else:
-        products(args.bits, args.rows, args.shapes, args.methods, table, same_divisions=args.same_divisions)
+        products(
+            *(args.bits, args.rows, args.shapes, args.methods, table),
+            same_divisions=args.same_divisions,
+            thorough=args.thorough,
+        )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ PLANES_MAX_BITS = 4
 """Above, bit planes, which take 2**bits - 1 products of planes, would take more than look-up takes. They take one
 row of x: for several, look-up is faster or nearly as fast (``docs/kernels.md``)."""
 SPREAD_COLUMNS = 9
-"""For each entry of a table, from which on spreading tables over lanes takes less time than it saves: measured at 6 and 8
-bits with 576 to 11008 columns."""
+"""For each entry of a table, from which on spreading tables over lanes takes less time than it saves: measured at 6 and
+8 bits with 576 to 11008 columns."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory, beside what a block may have."""
 
@@ -55,8 +55,8 @@ class Launch:
         alone.
     hold: clocks that a block waits before it asks for its early steps, for the x of the kernel before not to queue
         behind them; lost if that one has ended.
-    spread: above five bits, by look-up, with a table a row and columns enough: let a lane have entries of its own, where
-        two lanes meet and not 32. Lost where there is no memory for it.
+    spread: above five bits, by look-up, with a table a row and columns enough: let a lane have entries of its own,
+        where two lanes meet and not 32. Lost where there is no memory for it.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """

@@ -149,7 +149,10 @@ __device__ __forceinline__ void prepare_tables(u8*, float2*, int, int, int) {}
 // Where Sums find the tables of a team's next tile, which are at `tables`. All of its threads call it.
 __device__ __forceinline__ const u8* team_tables(u8* of_team, const u8* tables, int team, int thread, int threads) {
     if (!SPREAD) return tables;
-    auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory"); };
+    auto meet = [&] {  // there are no more than 8 teams of several warps, for which a block has barriers enough
+        if (threads == 32) __syncwarp();
+        else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "r"(threads) : "memory");
+    };
     meet();  // the tile before is done with
     #pragma unroll 1
     for (int i = thread; i < TILE * TABLE_BYTES / 16; i += threads) {  // of eight entries of a row
