@@ -32,7 +32,7 @@ from products import RESULTS, ROWS, SHAPES, Case, Table, cases, draw, report, sh
 
 ROTATED_BYTES = 200e6
 """Weights that a graph goes through: four times an H100's L2 cache."""
-REPLAYS = 20
+REPLAYS = 100
 GROUP = 128
 
 Call = Callable[[int], Any]
