@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pages import filled
-from products import RESULTS, SHAPES, Case, over, read
+from products import RESULTS, RUNS, SHAPES, Case, over, read, read_runs
 
 PAGE = RESULTS.parents[2] / "docs" / "kernels.md"
 BITS = (2, 3, 4)
@@ -91,6 +91,27 @@ def several_rows(times: Times) -> str:
     return "\n".join(lines)
 
 
+def runs(path: Path) -> str:
+    """How many products of several rows are over their limit in each run, and by the median of the runs."""
+    commit, times = read_runs(path)
+    number = max(map(len, times.values()))
+    medians = {case: statistics.median(each) for case, each in times.items()}
+    counts, worst = [], []
+    for m, limit in SEVERAL.items():
+        pairs = [(Case(bits, m, *sizes), Case(bits, 1, *sizes)) for bits in BITS for sizes in SHAPES]
+        ratios = [[a / b for a, b in zip(times[case], times[one], strict=True)] for case, one in pairs]
+        counts.append(", ".join(str(sum(each[run] > limit for each in ratios)) for run in range(number)))
+        of_medians = [medians[case] / medians[one] for case, one in pairs]
+        worst.append(f"{sum(ratio > limit for ratio in of_medians) or 'none'}; {max(of_medians):.2f}x")
+    return "\n".join(
+        [
+            *head(f"{number} runs at {commit}, 36 products each", *map(str, SEVERAL)),
+            line("over the limit, run by run", *counts),
+            line("over it by the medians of the runs; worst", *worst),
+        ]
+    )
+
+
 def targets(times: Times) -> str:
     means_over, least_over = {}, {}
     for peer in ("any-precision", "anybcq"):
@@ -129,7 +150,8 @@ def targets(times: Times) -> str:
 def tables_of(path: Path) -> dict[str, str]:
     """Those of the page, by name."""
     times = Times(path)
-    return {"one-row": one_row(times), "several-rows": several_rows(times), "targets": targets(times)}
+    tables = {"one-row": one_row(times), "several-rows": several_rows(times), "targets": targets(times)}
+    return tables | {"runs": runs(RUNS)}
 
 
 def write_page(path: Path) -> None:

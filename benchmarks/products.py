@@ -18,6 +18,8 @@ from pmpd.files import atomic
 RESULTS = Path(__file__).parent / "results" / "nested_matmul.csv"
 KEY = ("op", "provider", "bits", "m", "out_features", "in_features")
 COLUMNS = (*KEY, "unit", "median", "p20", "p80", "gpu", "versions", "commit")
+RUNS = RESULTS.with_name("nested_matmul_runs.csv")
+"""Of ours alone, run after run of one commit: how far a product's time differs from one run to the next."""
 SHAPES = [
     *((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096), (22016, 4096), (2048, 2048), (5632, 2048)),
     *((8192, 2048), (6912, 2560), (2048, 5632), (2048, 8192), (2560, 6912)),
@@ -72,6 +74,29 @@ class Table:
     def put(self, row: Mapping[str, Any]) -> None:
         self.rows[tuple(str(row.get(k, "")) for k in KEY)] = row
         write_rows(self.path, COLUMNS, self.rows.values())
+
+
+def append_run(run: Path, runs: Path) -> None:
+    """Our products of the file ``run`` as one more run in ``runs``; runs of another commit than this one's go."""
+    with run.open(encoding="utf-8") as stream:
+        new = [row for row in csv.DictReader(stream) if row["provider"] == "pmpd"]
+    kept: list[dict[str, Any]] = []
+    if runs.exists():
+        with runs.open(encoding="utf-8") as stream:
+            kept = [row for row in csv.DictReader(stream) if row["commit"] == new[0]["commit"]]
+    number = 1 + max((int(row["run"]) for row in kept), default=0)
+    write_rows(runs, ("run", *COLUMNS), [*kept, *({"run": number} | row for row in new)])
+
+
+def read_runs(path: Path) -> tuple[str, dict[Case, list[float]]]:
+    """The commit, and of each product the medians in microseconds, run by run."""
+    with path.open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    times: dict[Case, list[float]] = {}
+    for row in rows:
+        case = Case(*(int(row[key]) for key in ("bits", "m", "out_features", "in_features")))
+        times.setdefault(case, []).append(float(row["median"]))
+    return rows[0]["commit"], times
 
 
 def read(path: Path) -> tuple[float, dict[tuple[str, Case], float]]:

@@ -71,3 +71,18 @@ def test_the_report_names_rows_and_the_ceiling(
     assert "64 x 32: 2.00 us, 50% of the ceiling, M=2 1.50x" in said
     assert "M=1 over peer: geometric mean 2.00x, least 1.00x (2 products)" in said
     assert "M=2 over peer: geometric mean 2.00x, least 2.00x (1 products)" in said
+
+
+def test_runs_of_a_commit_are_kept_and_those_of_another_go(products: ModuleType, tmp_path: Path) -> None:
+    run, runs = tmp_path / "run.csv", tmp_path / "runs.csv"
+    case = products.Case(2, 1, 64, 32)
+    for commit, us in (("a", 1.0), ("b", 2.0), ("b", 4.0)):
+        run.unlink(missing_ok=True)
+        table = products.Table(run)
+        table.put({"op": "copy", "provider": "device-to-device", "median": 1.0, "commit": commit})
+        for provider in ("pmpd", "peer"):
+            row = {"op": "nested_matmul", "provider": provider, "median": us, "commit": commit}
+            table.put(row | vars(case))
+        products.append_run(run, runs)
+    assert products.read_runs(runs) == ("b", {case: [2.0, 4.0]})
+    assert [line.split(",")[0] for line in runs.read_text(encoding="utf-8").split()] == ["run", "1", "2"]
