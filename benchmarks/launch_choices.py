@@ -30,7 +30,8 @@ QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (4, 2), (4, 4), (6, 4), (8, 4)]
 """Stages, and of these early."""
 TIMES = [(2, 0), (0, 0), (0, 500), (1, 0), (3, 0)]
 """When the next kernel may come, ``Launch.late``, and how long this one waits with its weights, ``Launch.hold``: not
-longer, as after another kind of kernel that is lost (``docs/kernels.md``)."""
+longer, as after another kind of kernel that is lost (``docs/kernels.md``). One that lets the next come late rarely
+gains by waiting."""
 EVERY_QUEUE = sorted({*QUEUES, *((n, early or 1) for n in range(1, 9) for early in (n, n - 1, n // 2))})
 EVERY_TIME = [*TIMES, (0, 250), (2, 250), (2, 500), (3, 500)]
 """What a thorough search tries."""
@@ -121,11 +122,6 @@ class Table:
         sizes = (case.bits, case.m, case.out_features, case.in_features)
         row = self.rows.get((0, *sizes, int(method.planes), method.cluster))
         return launch.parse(row).launch if row else None
-
-    def forget(self, case: Case, method: Method) -> None:
-        """The launch of a product by itself, which this GPU has no memory for."""
-        sizes = (case.bits, case.m, case.out_features, case.in_features)
-        self.rows.pop((0, *sizes, int(method.planes), method.cluster), None)
 
     def forget_chain(self, bits: int, shapes: Collection[tuple[int, int]]) -> None:
         """Launches that did well beside others than those that come now."""

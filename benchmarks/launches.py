@@ -3,7 +3,7 @@
     python benchmarks/launches.py                              all of it
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
     python benchmarks/launches.py --same-divisions             keeps how the work is divided: quicker
-    python benchmarks/launches.py --thorough                   more queues and times: four times as long, up to 4 % less
+    python benchmarks/launches.py --thorough                   more queues and times: two to four times as long
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
 For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work
@@ -123,10 +123,11 @@ class Search:
             fitted = fit(plan, self.case, self.gpu)
         except ValueError:
             return False
-        return replace(fitted, blocks=plan.blocks, rows=plan.rows) == plan and fitted.rows >= self.case.m
+        as_it_is = replace(fitted, blocks=plan.blocks, rows=plan.rows, spread=plan.spread) == plan
+        return as_it_is and fitted.rows >= self.case.m
 
     def run(self, time: Callable[[Launch, int], float]) -> Launch | None:
-        """The fastest launch, by ``time(launch, replays)``; None if this GPU has the memory for none."""
+        """The fastest launch, by ``time(launch, replays)``; None if no memory for those of ``FEW_QUEUES``."""
         if not self.same_division:
             self._try(self.plans(self.divisions, FEW_QUEUES, FEW_TIMES, [False]), time)
         best = {(plan.splits, plan.teams) for plan in [*self._fastest(), *self._known]}
@@ -164,7 +165,7 @@ def products(
     same_divisions: bool = False,
     thorough: bool = False,
 ) -> None:
-    """A row for each product and method where a launch fits, none where none does."""
+    """A row for each product and method, where a launch fits."""
     gpu = product.describe(torch.cuda.current_device())
     cases = [Case(b, m, *sizes) for b in bits for m in rows for sizes in shapes]
     searches = {
@@ -190,8 +191,7 @@ def products(
             if best := search.run(microseconds):
                 table.add(case, best, search.times[best], gpu.processors)
             else:
-                table.forget(case, search.method)
-                print(f"{case} {search.method.name}: no launch fits", flush=True)
+                print(f"{case} {search.method.name}: no launch fits, nothing changed", flush=True)
 
 
 def main() -> None:

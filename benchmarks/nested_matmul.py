@@ -251,6 +251,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--figure", action="store_true")
     args = parser.parse_args()
+    if args.again and (args.providers, args.shapes, args.results) != (list(PROVIDERS), SHAPES, RESULTS):
+        parser.error("--again is a run of all shapes of ours: leave out --providers, --shapes and --results")
     if not args.figure:
         if not torch.cuda.is_available():
             parser.error("times are of a GPU, and PyTorch sees none; --figure needs none")
@@ -262,8 +264,8 @@ def main() -> None:
                 measure(["pmpd"], SHAPES, commit, run)
                 report(run)
                 append_run(run, args.runs)
-            return
-        measure(args.providers, args.shapes, commit, args.results)
+        else:
+            measure(args.providers, args.shapes, commit, args.results)
     report(args.results)
     draw(args.results)
     if args.results == RESULTS:

@@ -114,9 +114,20 @@ def test_a_search_takes_the_launch_that_the_table_has_unless_another_is_faster(
     assert quick.run(slow_with_few_stages) == found
     assert {(plan.splits, plan.teams) for plan in quick.times} == {(8, 1)}
     assert {(plan.late, plan.hold) for plan in quick.times} == set(launches.TIMES)
+    thorough = launches.Search(case, method, GPU, known, same_division=True, thorough=True)
+    assert thorough.run(slow_with_few_stages) == found
+    assert {(plan.late, plan.hold) for plan in thorough.times} == set(launches.EVERY_TIME) > set(launches.TIMES)
+    assert quick.times.keys() < thorough.times.keys()
     faster = launches.Search(case, method, GPU, known).run(lambda plan, _: float(plan.splits))
     assert faster is not None
     assert faster.splits == 1
+
+
+def test_a_launch_that_has_no_memory_for_spread_tables_is_tried_without(launches: ModuleType) -> None:
+    case = launches.Case(8, 8, 22016, 4096)
+    search = launches.Search(case, launches.Method(False, 1), GPU)
+    search.run(lambda plan, replays: plan.teams + plan.stages)
+    assert {launches.fit(plan, case, GPU).spread for plan in search.times} == {False, True}
 
 
 def test_a_search_among_launches_of_which_none_fits_finds_none(launches: ModuleType) -> None:

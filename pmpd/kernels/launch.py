@@ -34,8 +34,8 @@ PLANES_MAX_BITS = 4
 """Above, bit planes, which take 2**bits - 1 products of planes, would take more than look-up takes. They take one
 row of x: for several, look-up is faster or nearly as fast (``docs/kernels.md``)."""
 SPREAD_COLUMNS = 9
-"""For each entry of a table, from which on spreading tables over lanes takes less time than it saves: measured at 6 and
-8 bits with 576 to 11008 columns."""
+"""Columns for each entry of a table, from which on spreading tables over lanes takes less time than it saves: measured
+at 6 and 8 bits with 576 to 11008 columns."""
 RESERVED_BYTES = 1024
 """What the driver keeps of a block's shared memory, beside what a block may have."""
 
@@ -55,8 +55,9 @@ class Launch:
         alone.
     hold: clocks that a block waits before it asks for its early steps, for the x of the kernel before not to queue
         behind them; lost if that one has ended.
-    spread: above five bits, by look-up, with a table a row and columns enough: let a lane have entries of its own,
-        where two lanes meet and not 32. Lost where there is no memory for it.
+    spread: above five bits, by look-up, with a table a row and columns enough: let each lane have its own copy of a
+        tile's tables, of which two lanes share a bank (in one table for all about 3.5 meet). Lost where there is no
+        memory for it.
     blocks: 0 for one a processor.
     rows: of x at a time.
     """
@@ -258,7 +259,8 @@ def fit(
     """``launch`` made smaller until its shared memory is at most ``shared``.
 
     Columns of many rows of x, many tiles of a block and fat tables do not always fit; then there are fewer of them at a
-    time. Bit planes take one row. ``blocks`` is the number of processors.
+    time. Spread tables go first: a launch of ``launches.csv`` has them where it leaves room for them, and sweeps try it
+    so. Bit planes take one row. ``blocks`` is the number of processors.
 
     Raises:
         ValueError: ``in_features`` is too large for this GPU.
@@ -267,12 +269,12 @@ def fit(
     blocks = max(1, blocks // launch.cluster) * launch.cluster
     launch = replace(launch, blocks=blocks, rows=min(rows, launch.rows, most_rows))
     while launch.shared_bytes(bits, out_features, in_features, groups) > shared:
-        if launch.stages > 2:
+        if launch.spreads(bits, in_features, groups):
+            launch = replace(launch, spread=False)
+        elif launch.stages > 2:
             launch = replace(launch, stages=launch.stages - 1, early=min(launch.early, launch.stages - 1))
         elif launch.teams > 1:
             launch = replace(launch, teams=launch.teams - 1)
-        elif launch.spreads(bits, in_features, groups):
-            launch = replace(launch, spread=False)
         elif launch.blocks // launch.cluster * TILE < out_features:
             launch = replace(launch, blocks=2 * launch.blocks)
         elif launch.rows > 1:

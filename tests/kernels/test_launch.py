@@ -76,6 +76,26 @@ def test_a_team_has_memory_for_tables_of_more_than_five_bits() -> None:
         assert three - one == 2 * (rings + spread)
 
 
+@pytest.mark.parametrize(("bits", "groups", "columns", "spread"), [
+    (5, 1, 4096, False), (6, 1, 575, False), (6, 1, 576, True), (7, 1, 1152, True), (8, 1, 4096, True),
+    (8, 4, 4096, False),
+])  # fmt: skip
+def test_tables_in_shared_memory_are_spread_where_columns_are_enough(
+    bits: int, groups: int, columns: int, spread: bool
+) -> None:
+    plan = launch.fit(Launch(4, 2, 2, 2), bits, 2112, columns, groups, 1, *GPUS[0])
+    assert Variant.of(plan, bits, torch.float16, Fused(), (2112, columns), groups).spread == spread
+
+
+def test_spread_tables_go_before_anything_else_does() -> None:
+    plan = Launch(4, 2, 2, 2)
+    spread = launch.fit(plan, 8, 2112, 4096, 1, 1, *GPUS[0])
+    assert spread == replace(plan, blocks=132, rows=1)
+    needed = spread.shared_bytes(8, 2112, 4096, 1)
+    assert launch.fit(plan, 8, 2112, 4096, 1, 1, 132, needed) == spread
+    assert launch.fit(plan, 8, 2112, 4096, 1, 1, 132, needed - 1) == replace(spread, spread=False)
+
+
 def test_bit_planes_take_one_row() -> None:
     for rows in range(1, 9):
         assert launch.fit(Launch(4, 2, planes=True), 2, 4096, 4096, 1, rows, *GPUS[0]).rows == 1
@@ -155,7 +175,7 @@ def test_what_was_measured_runs_as_it_was() -> None:
         measured = launch.parse(row)
         sizes = (measured.bits, int(row["out_features"]), int(row["in_features"]))
         fitted = launch.fit(measured.launch, *sizes, 1, measured.rows, processors, shared)
-        assert fitted == replace(measured.launch, blocks=processors, rows=measured.rows), row
+        assert fitted == replace(measured.launch, blocks=processors, rows=measured.rows, spread=fitted.spread), row
 
 
 @pytest.mark.parametrize("heads_a_key_head", [1, 3, 8])

@@ -92,6 +92,8 @@ def real_compiler() -> None:
         ("sm_80", Variant(3, 2, torch.bfloat16, stages=2, chunk=4, max_threads=384)),
         ("sm_80", Variant(2, 4, torch.float16, stages=2, chunk=4, max_threads=384, table_digits=1)),
         ("sm_90", Variant(2, 8, torch.bfloat16, norm=True, gated=True, ragged=True, cluster=2, table_digits=1)),
+        ("sm_80", Variant(6, 1, torch.float16, stages=2, chunk=6, spread=True)),
+        ("sm_90", Variant(8, 8, torch.bfloat16, norm=True, gated=True, stages=1, cluster=2, spread=True)),
     ],
 )
 def test_the_products_kernels_compile_without_a_device(architecture: str, variant: Variant) -> None:
