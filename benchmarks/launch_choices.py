@@ -30,10 +30,9 @@ QUEUES = [(1, 1), (2, 1), (2, 2), (3, 2), (4, 2), (4, 4), (6, 4), (8, 4)]
 """Stages, and of these early."""
 TIMES = [(2, 0), (0, 0), (0, 500), (1, 0), (3, 0)]
 """When the next kernel may come, ``Launch.late``, and how long this one waits with its weights, ``Launch.hold``: not
-longer, as after another kind of kernel that is lost (``docs/kernels.md``). One that lets the next come late rarely
-gains by waiting."""
+longer, as after another kind of kernel that is lost (``docs/kernels.md``)."""
 EVERY_QUEUE = sorted({*QUEUES, *((n, early or 1) for n in range(1, 9) for early in (n, n - 1, n // 2))})
-EVERY_TIME = [*TIMES, (0, 250), (2, 250), (2, 500), (3, 500)]
+EVERY_TIME = [*TIMES, (0, 250)]
 """What a thorough search tries."""
 START = Launch(4, 2, 3, 2)
 """Which choices change."""

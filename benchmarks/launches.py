@@ -3,7 +3,7 @@
     python benchmarks/launches.py                              all of it
     python benchmarks/launches.py --bits 2 --rows 1            replaces these rows, keeps the others
     python benchmarks/launches.py --same-divisions             keeps how the work is divided: quicker
-    python benchmarks/launches.py --thorough                   more queues and times: two to four times as long
+    python benchmarks/launches.py --thorough                   more queues and times: slower
     python benchmarks/launches.py --chain                      products in a model's step, beside each other
 
 For each product and each method (look-up or bit planes, with and without clusters) many ways of dividing the work

@@ -105,7 +105,7 @@ def runs(path: Path) -> str:
         worst.append(f"{sum(ratio > limit for ratio in of_medians) or 'none'}; {max(of_medians):.2f}x")
     return "\n".join(
         [
-            *head(f"{number} runs at {commit}, 36 products each", *map(str, SEVERAL)),
+            *head(f"{number} runs at {commit}, {len(BITS) * len(SHAPES)} products each", *map(str, SEVERAL)),
             line("over the limit, run by run", *counts),
             line("over it by the medians of the runs; worst", *worst),
         ]

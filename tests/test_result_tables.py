@@ -152,6 +152,28 @@ def test_the_kernels_page_says_how_far_the_targets_were_reached(microseconds: Ca
     assert reached.endswith(f"at worst {', '.join(worst)}")
 
 
+def test_the_kernels_page_says_how_many_products_are_over_in_each_run() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    times = {
+        (row["run"], row["bits"], row["out_features"], row["in_features"], row["m"]): float(row["median"])
+        for row in rows_of("nested_matmul_runs.csv")
+    }
+    runs = sorted({run for run, *_ in times}, key=int)
+    products = {(bits, *shape) for _, bits, *shape, _ in times if bits in {"2", "3", "4"}}
+    [counts] = re.findall(r"^\| over the limit, run by run \| (.*) \|$", page, re.MULTILINE)
+    [medians] = re.findall(r"^\| over it by the medians of the runs; worst \| (.*) \|$", page, re.MULTILINE)
+    several = zip(("2", "4", "8"), (1.2, 1.5, 2.2), counts.split(" | "), medians.split(" | "), strict=True)
+    every = 0
+    for m, limit, count, median in several:
+        over = [sum(times[run, *p, m] > limit * times[run, *p, "1"] for p in products) for run in runs]
+        assert count == ", ".join(map(str, over))
+        every += sum(over)
+        middle = {(p, n): statistics.median(times[run, *p, n] for run in runs) for p in products for n in (m, "1")}
+        ratios = [middle[p, m] / middle[p, "1"] for p in products]
+        assert median == f"{sum(ratio > limit for ratio in ratios) or 'none'}; {max(ratios):.2f}x"
+    assert f"Of their {3 * len(products) * len(runs)} ratios {every} are over" in " ".join(page.split())
+
+
 @pytest.mark.parametrize("page", DECODED)
 def test_tokens_a_second_are_those_of_the_results(page: str) -> None:
     steps = {

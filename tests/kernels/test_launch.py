@@ -35,6 +35,7 @@ def test_every_product_fits_every_gpu(
                 assert 1 <= plan.early <= plan.stages
                 assert plan.late in (0, 1, 2, 3)
                 assert 0 <= plan.hold <= 500
+                assert not plan.hold or plan.late == 0, "only what comes at once asks for its weights too soon"
                 assert plan.splits <= -(-in_features // launch.STEP)
                 assert plan.splits % plan.cluster == 0
                 assert plan.blocks % plan.cluster == 0
